@@ -1,0 +1,114 @@
+"""Personality neurons in language models: locate them, induce traits with them, measure it against controls."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npti_interp.activations import ActivationStatistics, collect_activations
+    from npti_interp.bench import Persona, PersonalityBench, Question
+    from npti_interp.errors import (
+        ArtifactError,
+        FingerprintMismatchError,
+        NonFiniteActivationError,
+        NptiError,
+        RunFolderError,
+        UnsupportedModelError,
+    )
+    from npti_interp.evaluation import Interval, LikelihoodJudge, bootstrap_mean, pair_scores
+    from npti_interp.experiments import (
+        Location,
+        ReproduceConfig,
+        ReproduceResult,
+        choose_threshold,
+        locate,
+        reproduce,
+    )
+    from npti_interp.figures import save_figure
+    from npti_interp.generation import Answer
+    from npti_interp.interventions import Intervention, NeuronEdit, stack
+    from npti_interp.models import Model, ModelFingerprint, generate_sweep, load_model
+    from npti_interp.neurons import NeuronSet, select_neurons
+    from npti_interp.traits import POLES, TRAITS, Pole, Trait
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "activations": ("ActivationStatistics", "collect_activations"),
+    "bench": ("Persona", "PersonalityBench", "Question"),
+    "errors": (
+        "ArtifactError",
+        "FingerprintMismatchError",
+        "NonFiniteActivationError",
+        "NptiError",
+        "RunFolderError",
+        "UnsupportedModelError",
+    ),
+    "evaluation": ("Interval", "LikelihoodJudge", "bootstrap_mean", "pair_scores"),
+    "experiments": (
+        "Location",
+        "ReproduceConfig",
+        "ReproduceResult",
+        "choose_threshold",
+        "locate",
+        "reproduce",
+    ),
+    "figures": ("save_figure",),
+    "generation": ("Answer",),
+    "interventions": ("Intervention", "NeuronEdit", "stack"),
+    "models": ("Model", "ModelFingerprint", "generate_sweep", "load_model"),
+    "neurons": ("NeuronSet", "select_neurons"),
+    "traits": ("POLES", "TRAITS", "Pole", "Trait"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "POLES",
+    "TRAITS",
+    "ActivationStatistics",
+    "Answer",
+    "ArtifactError",
+    "FingerprintMismatchError",
+    "Intervention",
+    "Interval",
+    "LikelihoodJudge",
+    "Location",
+    "Model",
+    "ModelFingerprint",
+    "NeuronEdit",
+    "NeuronSet",
+    "NonFiniteActivationError",
+    "NptiError",
+    "Persona",
+    "PersonalityBench",
+    "Pole",
+    "Question",
+    "ReproduceConfig",
+    "ReproduceResult",
+    "RunFolderError",
+    "Trait",
+    "UnsupportedModelError",
+    "bootstrap_mean",
+    "choose_threshold",
+    "collect_activations",
+    "generate_sweep",
+    "load_model",
+    "locate",
+    "pair_scores",
+    "reproduce",
+    "save_figure",
+    "select_neurons",
+    "stack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``npti --help`` does not wait for PyTorch."""
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,328 @@
+r"""Statistics of neuron values over generated tokens: streaming, mergeable, bound to their model.
+
+For every neuron: how often it fired (value above 0) in each block of questions, mean and variance of its value, and
+a sketch that gives the 95th percentile to 1 % (METHOD.md section 1). Counted are generated tokens that were fed back:
+never prompt, padding, or anything after a row's end.
+
+Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
+the moments, 247 for the sketch. (The published code's 302 float32 bins are 1,208, saturate at 2²⁴ and end at 3.0.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from npti_interp import _sketch
+from npti_interp._files import library_versions, read_tensors, write_tensors
+from npti_interp._sketch import QuantileSketch
+from npti_interp.errors import ArtifactError, NonFiniteActivationError
+from npti_interp.models._fingerprint import ModelFingerprint
+
+if TYPE_CHECKING:
+    from npti_interp.models import Model
+
+__all__ = ["ActivationCollector", "ActivationStatistics", "collect_activations"]
+
+DEFAULT_BLOCKS = 8
+SITE = "ffn_activation"
+"""The site's name in files: the output of the FFN's activation function, before any product."""
+
+_KIND = "ActivationStatistics"
+_VERSION = 1
+
+
+class ActivationStatistics:
+    """Counts, moments and sketch of every neuron's value. Made by `collect_activations` or `locate`.
+
+    Attributes:
+        active_count: ``int64 [block, layer, neuron]``, tokens on which the value was above 0.
+        n_tokens: ``int64 [block]``, tokens counted.
+        mean: ``float64 [layer, neuron]``.
+        m2: ``float64 [layer, neuron]``, summed squared deviations from the mean.
+        fingerprint: the model.
+        metadata: what produced the numbers (decoding, bench, trait, pole, seed, library versions).
+    """
+
+    def __init__(
+        self,
+        active_count: npt.NDArray[np.int64],
+        n_tokens: npt.NDArray[np.int64],
+        mean: npt.NDArray[np.float64],
+        m2: npt.NDArray[np.float64],
+        sketch: QuantileSketch,
+        fingerprint: ModelFingerprint,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.active_count = active_count
+        self.n_tokens = n_tokens
+        self.mean = mean
+        self.m2 = m2
+        self._sketch = sketch
+        self.fingerprint = fingerprint
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self._p95: npt.NDArray[np.float64] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and neurons a layer."""
+        return self.mean.shape[0], self.mean.shape[1]
+
+    @property
+    def n_blocks(self) -> int:
+        """Question blocks that are counted apart."""
+        return len(self.n_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens counted, over all blocks."""
+        return int(self.n_tokens.sum())
+
+    @property
+    def probability(self) -> npt.NDArray[np.float64]:
+        """Fraction of tokens on which each neuron was active, ``float64 [layer, neuron]``."""
+        return self.active_count.sum(axis=0) / max(1, self.total_tokens)
+
+    @property
+    def variance(self) -> npt.NDArray[np.float64]:
+        """Population variance of each neuron's value, ``float64 [layer, neuron]``."""
+        return self.m2 / max(1, self.total_tokens)
+
+    @property
+    def p95(self) -> npt.NDArray[np.float64]:
+        """95th percentile of each neuron's value, ``float64 [layer, neuron]``.
+
+        All counted tokens enter, those where the value is not positive included (as 0: it is the percentile of
+        ``max(0, value)``). Within 1 % where it is positive, 0 where it is not; NaN for the rare neuron whose percentile
+        has left the sketch's window (never guessed).
+        """
+        if self._p95 is None:
+            positive = self.active_count.sum(axis=0).reshape(-1)
+            self._p95 = self._sketch.quantile(0.95, self.total_tokens, positive).reshape(self.shape)
+        return self._p95
+
+    def blocks(self, which: Sequence[int]) -> tuple[npt.NDArray[np.int64], int]:
+        """Active counts ``[layer, neuron]`` and tokens over some of the blocks."""
+        index = list(which)
+        return self.active_count[index].sum(axis=0), int(self.n_tokens[index].sum())
+
+    def require_comparable(self, other: ActivationStatistics) -> None:
+        """Raise unless ``other`` was collected on the same model, site and blocks.
+
+        Raises:
+            FingerprintMismatchError: another model.
+            ValueError: another site, shape or number of blocks.
+        """
+        self.fingerprint.require_same(other.fingerprint, "the two sets of statistics")
+        for name, mine, theirs in (
+            ("shape", self.shape, other.shape),
+            ("number of blocks", self.n_blocks, other.n_blocks),
+            ("site", self.metadata.get("site", SITE), other.metadata.get("site", SITE)),
+        ):
+            if mine != theirs:
+                raise ValueError(f"statistics differ in {name}: {mine} and {theirs}")
+
+    def merge(self, other: ActivationStatistics) -> ActivationStatistics:
+        """Statistics of both sets of tokens together; counts and moments are exact, the sketch as `QuantileSketch`.
+
+        Raises:
+            FingerprintMismatchError: other model.
+            ValueError: other site, shape or number of blocks.
+        """
+        self.require_comparable(other)
+        n, m = self.total_tokens, other.total_tokens
+        total = n + m
+        step = other.mean - self.mean
+        shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
+        return ActivationStatistics(
+            self.active_count + other.active_count,
+            self.n_tokens + other.n_tokens,
+            self.mean + step * (m / max(1, total)),
+            self.m2 + other.m2 + step**2 * (n * m / max(1, total)),
+            self._sketch.merge(other._sketch, total),
+            self.fingerprint,
+            shared,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.safetensors`` file (whole or not at all); DESIGN section 3 names its arrays."""
+        write_tensors(
+            Path(path),
+            _KIND,
+            _VERSION,
+            {
+                "active_count": _narrow(self.active_count),
+                "n_tokens": self.n_tokens,
+                "mean": self.mean,
+                "m2": self.m2,
+                "p95": self.p95,
+                "sketch_bins": self._sketch.bins,
+                "sketch_base": self._sketch.base,
+                "sketch_width": self._sketch.width,
+                "sketch_over": self._sketch.over,
+            },
+            {
+                "site": SITE,
+                "versions": library_versions(),
+                **self.metadata,
+                "fingerprint": self.fingerprint.to_json(),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ArtifactError: truncated, altered, of another kind, or of a newer format version.
+        """
+        arrays, metadata = read_tensors(path, _KIND, _VERSION)
+        try:
+            fingerprint = ModelFingerprint.from_json(metadata.pop("fingerprint"))
+            sketch = QuantileSketch(*(arrays[f"sketch_{n}"].copy() for n in ("bins", "base", "width", "over")))
+            loaded = cls(
+                arrays["active_count"].astype(np.int64), arrays["n_tokens"], arrays["mean"], arrays["m2"], sketch, fingerprint, metadata
+            )
+        except KeyError as error:
+            raise ArtifactError(f"{path} lacks {error}") from error
+        if loaded.active_count.shape != (loaded.n_blocks, *loaded.shape):
+            raise ArtifactError(f"{path}: its arrays do not fit together")
+        return loaded
+
+    def __repr__(self) -> str:
+        layers, neurons = self.shape
+        who = " ".join(str(self.metadata[k]) for k in ("trait", "pole") if self.metadata.get(k))
+        return f"ActivationStatistics({layers} layers × {neurons:,} neurons, {self.total_tokens:,} tokens, {who or '—'})"
+
+    def _repr_html_(self) -> str:
+        p = self.probability
+        rows = {
+            "model": str(self.fingerprint),
+            "condition": " / ".join(str(self.metadata[k]) for k in ("trait", "pole") if self.metadata.get(k)) or "—",
+            "tokens": f"{self.total_tokens:,} in {self.n_blocks} blocks",
+            "neurons": f"{self.shape[0]} layers × {self.shape[1]:,}",
+            "active": f"{p.mean():.1%} of tokens on average; {np.mean(p == 0):.1%} of neurons never",
+        }
+        cells = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
+        return f"<table><caption>Activation statistics</caption>{cells}</table>"
+
+
+def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """As 32-bit integers where they fit: a file half the size."""
+    return counts.astype(np.int32) if counts.max(initial=0) <= np.iinfo(np.int32).max else counts
+
+
+class ActivationCollector:
+    """Takes in neuron values layer by layer while a model runs, and reduces them at once.
+
+    Args:
+        fingerprint: the model's.
+        n_blocks: question blocks to count apart.
+    """
+
+    def __init__(self, fingerprint: ModelFingerprint, n_blocks: int = DEFAULT_BLOCKS) -> None:
+        if n_blocks < 2:
+            raise ValueError(f"at least 2 question blocks are needed for a standard error, got {n_blocks}")
+        layers, neurons = fingerprint.n_layers, fingerprint.d_mlp
+        self._fingerprint = fingerprint
+        self.n_blocks = n_blocks
+        self._neurons = neurons
+        self._counts = np.zeros((layers, n_blocks, neurons), np.int32)
+        self._mean = np.zeros((layers, neurons))
+        self._m2 = np.zeros((layers, neurons))
+        self._sketch = QuantileSketch.empty(layers * neurons)
+        self._seen = np.zeros(layers, np.int64)
+        self._tokens = np.zeros(n_blocks, np.int64)
+
+    def begin(self, blocks: npt.NDArray[np.int64]) -> None:
+        """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
+        coming = int(self._tokens.sum()) + len(blocks)
+        if coming > np.iinfo(np.int32).max:
+            raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
+        self._tokens += np.bincount(blocks, minlength=self.n_blocks)
+
+    def add(
+        self, layer: int, values: Float[Tensor, "row d_mlp"], rows: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]
+    ) -> None:
+        """Take in one layer's values.
+
+        Args:
+            layer: which layer.
+            values: neuron values.
+            rows: the rows of ``values`` that hold a token to count.
+            blocks: their blocks.
+
+        Raises:
+            NonFiniteActivationError: NaN or infinity among them.
+        """
+        array = values.detach().to("cpu", torch.float32).contiguous().numpy()
+        start = layer * self._neurons
+        if not _sketch.accumulate(
+            array, rows, blocks, self._counts[layer], self._mean[layer], self._m2[layer], int(self._seen[layer]),
+            self._sketch, start, start + self._neurons,
+        ):  # fmt: skip
+            raise NonFiniteActivationError(
+                f"layer {layer}: NaN or infinite neuron values (first of their kind; earlier layers were finite). "
+                "Half precision overflowing, damaged weights, or an edit with too large a γ do this"
+            )
+        self._seen[layer] += len(rows)
+
+    def result(self, metadata: Mapping[str, Any] | None = None) -> ActivationStatistics:
+        """The statistics so far.
+
+        Raises:
+            ValueError: no token was counted.
+        """
+        if self._tokens.sum() == 0:
+            raise ValueError("no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1")
+        return ActivationStatistics(
+            np.ascontiguousarray(self._counts.transpose(1, 0, 2)).astype(np.int64),
+            self._tokens.copy(),
+            self._mean.copy(),
+            self._m2.copy(),
+            self._sketch.copy(),
+            self._fingerprint,
+            {"site": SITE, **dict(metadata or {})},
+        )
+
+
+def collect_activations(
+    model: Model,
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    answers: Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 100,
+    blocks: Sequence[int] | None = None,
+    n_blocks: int = DEFAULT_BLOCKS,
+    metadata: Mapping[str, Any] | None = None,
+) -> ActivationStatistics:
+    """Statistics of every neuron over the answers to ``prompts``.
+
+    Args:
+        model: from `load_model`.
+        prompts: user messages, or lists of chat messages.
+        answers: None decodes greedily and counts meanwhile; given, they are replayed teacher-forced, which gives the
+            same numbers. An `Answer` is replayed as the tokens it was decoded as; of a plain string all tokens count.
+        max_new_tokens: length of an answer while decoding.
+        blocks: block of each prompt, 0 … ``n_blocks`` − 1; by default prompt *i* is in block *i* modulo ``n_blocks``.
+        n_blocks: question blocks counted apart (for standard errors and split halves).
+        metadata: kept with the result.
+
+    Returns:
+        Statistics of the model's σ(ĥW1) on generated tokens that were fed back.
+
+    Raises:
+        ValueError: no prompts; an empty prompt; unequal numbers of prompts, answers and blocks; nothing to count.
+        NonFiniteActivationError: NaN or infinity in a layer.
+    """
+    return model.collect(
+        prompts, answers, max_new_tokens=max_new_tokens, blocks=blocks, n_blocks=n_blocks, metadata=metadata
+    )[0]

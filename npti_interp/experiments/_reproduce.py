@@ -1,0 +1,761 @@
+"""The main experiment: locate every trait's neurons, induce both poles, and compare with the controls.
+
+For each trait and pole: answers of the unedited model, under the NPTI edit, under the same edit at random neurons
+(matched by layer, several draws spread over the questions), and under a persona prompt. Every number carries a
+bootstrap interval over questions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from npti_interp import figures
+from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp.activations import ActivationStatistics
+from npti_interp.bench import PersonalityBench, Question
+from npti_interp.evaluation import Calibration, Interval, LikelihoodJudge, bootstrap_mean, pair_scores
+from npti_interp.experiments._locate import MIN_SHARE, choose_threshold, collect_pole
+from npti_interp.generation import Answer, Decoding
+from npti_interp.interventions import Intervention
+from npti_interp.models import Model, Prompt, load_model
+from npti_interp.neurons import NeuronSet, select_neurons
+from npti_interp.prompts import persona_prompts
+from npti_interp.runs import RunFolder, read_table
+from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
+
+__all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "reproduce"]
+
+PAPER_THRESHOLD = 0.10
+LABELS = {
+    "none": "no edit",
+    "npti": "NPTI",
+    "npti_0.10": "NPTI, threshold 0.10",
+    "random": "random neurons",
+    "persona": "persona prompt",
+}
+"""Conditions in the order of tables and figures, as people read them."""
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Settings of `reproduce`.
+
+    Attributes:
+        model: name for `load_model`.
+        traits: the traits, by name.
+        n_search: search questions a trait, each answered as both poles.
+        search_tokens: length of those answers.
+        n_test: test questions a trait.
+        test_tokens: length of their answers.
+        gamma: strength of the edit.
+        min_share: see `choose_threshold`.
+        random_draws: draws of the random control; question *i* gets draw *i* modulo this.
+        personas_per_pole: judge personas a question and pole.
+        n_calibration: search questions the judge is calibrated on.
+        dose_trait: trait of the dose–response curve, or None.
+        dose_gammas: its strengths.
+        n_dose: its test questions.
+        batch_size: rows decoded at once.
+        seed: of random neurons and of resampling.
+    """
+
+    model: str = "smollm2-135m"
+    traits: tuple[str, ...] = tuple(t.value for t in TRAITS)
+    n_search: int = 48
+    search_tokens: int = 48
+    n_test: int = 40
+    test_tokens: int = 40
+    gamma: float = 1.0
+    min_share: float = MIN_SHARE
+    random_draws: int = 5
+    personas_per_pole: int = 2
+    n_calibration: int = 24
+    dose_trait: str | None = "Neuroticism"
+    dose_gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    n_dose: int = 20
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for trait in (*self.traits, *([self.dose_trait] if self.dose_trait else [])):
+            as_trait(trait)
+        if not self.traits:
+            raise ValueError("no traits were given")
+        if self.dose_trait and self.dose_trait not in self.traits:
+            raise ValueError(f"dose_trait {self.dose_trait!r} is not among the traits {self.traits}")
+        for name in ("n_search", "search_tokens", "n_test", "test_tokens", "random_draws", "batch_size"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.n_calibration < 8 or self.n_calibration > self.n_search:
+            raise ValueError(f"n_calibration must lie in 8 … n_search={self.n_search}, got {self.n_calibration}")
+        if not all(math.isfinite(g) for g in (self.gamma, *self.dose_gammas)):
+            raise ValueError("gamma and dose_gammas must be finite")
+
+
+PRESETS: dict[str, ReproduceConfig] = {
+    "quick": ReproduceConfig(),
+    "tiny": ReproduceConfig(
+        traits=("Neuroticism", "Extraversion"), n_search=16, search_tokens=24, n_test=10, test_tokens=24,
+        n_calibration=8, personas_per_pole=1, dose_gammas=(1.0, 2.0), n_dose=6,
+    ),
+    "full": ReproduceConfig(
+        n_search=84, search_tokens=200, n_test=48, test_tokens=200, personas_per_pole=6, n_calibration=48, n_dose=48,
+        dose_gammas=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0),
+    ),
+}  # fmt: skip
+"""``quick`` takes minutes on two cores, ``tiny`` serves tests and notebooks, ``full`` is for a real model on a GPU."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out for one trait and pole.
+
+    Attributes:
+        trait: the trait.
+        pole: the pole that was induced.
+        edit: mean rating under the edit.
+        random: mean rating under the random control.
+        none: mean rating of the unedited model.
+        difference: edit − random, question by question.
+        nll_change: fluency: rise of the negative log-likelihood per token over the unedited model.
+        auc: what the judge is worth on this trait.
+    """
+
+    trait: Trait
+    pole: Pole
+    edit: Interval
+    random: Interval
+    none: Interval
+    difference: Interval
+    nll_change: Interval
+    auc: float
+
+    @property
+    def beats_random(self) -> bool:
+        """Whether the edit lies on the right side of the control with 95 % intervals apart."""
+        return self.edit.apart_from(self.random) and (self.edit.mean - self.random.mean) * self.pole.sign > 0
+
+    @property
+    def beats_none(self) -> bool:
+        """Whether the edit lies on the right side of the unedited model with 95 % intervals apart."""
+        return self.edit.apart_from(self.none) and (self.edit.mean - self.none.mean) * self.pole.sign > 0
+
+    def __str__(self) -> str:
+        if self.beats_random:
+            word = "outside the random control's interval, on the right side"
+        elif (self.edit.mean - self.random.mean) * self.pole.sign > 0:
+            word = "on the right side of the random control, but the intervals overlap"
+        else:
+            word = "NOT on the right side of the random control"
+        return (
+            f"{self.trait} {self.pole}: rating {self.edit} with the edit, {self.random} with random neurons, "
+            f"{self.none} unedited: {word}. Paired difference {self.difference}; fluency {self.nll_change} nats a "
+            f"token worse than unedited; the judge's AUC is {self.auc:.2f}."
+        )
+
+
+@dataclass(frozen=True)
+class ReproduceResult:
+    """Everything `reproduce` made; `load` reads it back from the folder, without a model.
+
+    Attributes:
+        folder: where it lies.
+        config: the settings.
+        answers: one row a question × condition × pole.
+        scores: the judge's numbers for the same rows.
+        table: one row a trait × condition: score out of 10, variance, interval, fluency.
+        ratings: one row a trait × condition × pole: rating 1–5 with interval.
+        dose: one row a γ × pole: rating and fluency with intervals.
+        neurons: chosen neurons by trait.
+        thresholds: the threshold of each trait, and its neurons at it and at 0.10.
+        deltas: histogram of δ by trait.
+        verdicts: one a trait and pole.
+        calibrations: the judge's calibration by trait.
+    """
+
+    folder: Path
+    config: ReproduceConfig
+    answers: pd.DataFrame
+    scores: pd.DataFrame
+    table: pd.DataFrame
+    ratings: pd.DataFrame
+    dose: pd.DataFrame
+    neurons: dict[Trait, NeuronSet]
+    thresholds: pd.DataFrame
+    deltas: pd.DataFrame
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    calibrations: dict[Trait, Calibration] = field(default_factory=dict[Trait, Calibration])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ReproduceResult:
+        """Read a finished run.
+
+        Raises:
+            FileNotFoundError: no finished run there.
+            ArtifactError: a file is damaged.
+        """
+        path = Path(folder)
+        if not (path / "scores.parquet").is_file():
+            raise FileNotFoundError(f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one")
+        settings = read_json(path / "config.json")["settings"]
+        config = ReproduceConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        return _summarise(path, config)
+
+    def summary(self) -> str:
+        """What came out, in words (Markdown)."""
+        c = self.config
+        won = [t for t in dict.fromkeys(v.trait for v in self.verdicts) if all(v.beats_random for v in self.verdicts if v.trait == t)]
+        lines = [
+            f"# NPTI on {c.model}",
+            "",
+            f"{c.n_search} search questions × {c.search_tokens} tokens a pole; {c.n_test} test questions × "
+            f"{c.test_tokens} tokens; γ = {c.gamma:g}; 95 % intervals by bootstrap over questions. Ratings 1–5 are the "
+            "likelihood judge's.",
+            "",
+            f"**The edit beats the matched random control in both directions, intervals apart, for {len(won)} of "
+            f"{len(c.traits)} traits{': ' + ', '.join(won) if won else ''}.**",
+            "",
+            *(f"- {verdict}" for verdict in self.verdicts),
+            "",
+            "Threshold: the largest of 0.10, 0.09 … 0.03 with at least "
+            f"{c.min_share:.0%} of all FFN neurons in each pole, by counts on the search questions alone.",
+            "",
+        ]
+        for row in self.thresholds.itertuples(index=False):
+            lines.append(
+                f"- {row.trait}: {row.threshold:.2f} ({row.n_high:,} high, {row.n_low:,} low); at 0.10: "
+                f"{row.n_high_paper:,} high, {row.n_low_paper:,} low. Split halves share {row.jaccard:.2f} of the set "
+                f"(chance {row.jaccard_chance:.3f}); δ correlates {row.rank_correlation:.2f}; "
+                f"{row.significant:,} neurons have q < 0.05."
+            )
+        return "\n".join(lines) + "\n"
+
+    def _repr_html_(self) -> str:
+        return styled(self.table).to_html()
+
+
+class _Weighted:
+    """Passes work on to a bar in that bar's units."""
+
+    def __init__(self, bar: tqdm[Any], weight: float) -> None:
+        self._bar, self._weight = bar, weight
+
+    def update(self, n: float = 1) -> None:
+        self._bar.update(n * self._weight)
+
+
+@dataclass
+class _Work:
+    """One run in progress."""
+
+    config: ReproduceConfig
+    model: Model
+    bench: PersonalityBench
+    judge: LikelihoodJudge
+    run: RunFolder
+    bar: tqdm[Any]
+
+    # What a row costs, in tokens of a plain forward pass: decoding is about 1.7 times as dear as scoring.
+    def _decoding(self, tokens: int) -> float:
+        return 1.7 * tokens + 60
+
+    def locating_cost(self) -> float:
+        c = self.config
+        return 2 * c.n_search * self._decoding(c.search_tokens)
+
+    def calibration_cost(self) -> float:
+        c = self.config
+        return c.n_calibration * (1 + 2 * c.personas_per_pole) * (2 * c.search_tokens + 90)
+
+    def testing_cost(self, conditions: int, questions: int) -> float:
+        c = self.config
+        scoring = questions * (1 + 2 * c.personas_per_pole) * (conditions * c.test_tokens + 90)
+        return conditions * questions * self._decoding(c.test_tokens) + scoring
+
+    def meter(self, cost: float, calls: int) -> _Weighted:
+        return _Weighted(self.bar, cost / calls)
+
+
+def reproduce(
+    config: ReproduceConfig | str = "quick",
+    folder: str | Path = "runs/quick",
+    *,
+    model: Model | None = None,
+    bench: PersonalityBench | None = None,
+    progress: bool = True,
+) -> ReproduceResult:
+    """Run the experiment, or continue it where it was stopped.
+
+    Args:
+        config: the settings, or the name of a preset.
+        folder: where everything goes; see `RunFolder`.
+        model: a loaded model; by default ``config.model`` is loaded.
+        bench: by default the embedded one.
+        progress: show a bar that tells what is left.
+
+    Returns:
+        the result, whose tables and figures are in ``folder`` as well.
+
+    Raises:
+        ValueError: unknown preset or bad settings.
+        RunFolderError: the folder belongs to other settings, or another process works in it.
+        ArtifactError: a file of the folder is damaged.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ValueError(f"unknown preset {config!r}; choose one of {', '.join(PRESETS)}")
+        config = PRESETS[config]
+    bench = bench or PersonalityBench.embedded()
+    for trait in config.traits:  # asks for more questions than there are: raises before any work
+        bench.questions(trait, "search", config.n_search)
+        bench.questions(trait, "test", max(config.n_test, config.n_dose if trait == config.dose_trait else 0))
+    model = model or load_model(config.model)
+    identity = {
+        "experiment": "reproduce",
+        "settings": asdict(config),
+        "bench": bench.digest,
+        "fingerprint": model.fingerprint.to_json(),
+    }
+    with RunFolder(folder, identity) as run, tqdm(
+        disable=not progress, desc="reproduce", unit="tok", unit_scale=True, smoothing=0.05
+    ) as bar:
+        judge = LikelihoodJudge(model, bench, personas_per_pole=config.personas_per_pole)
+        work = _Work(config, model, bench, judge, run, bar)
+        conditions = 9
+        n_dose = 2 * len(config.dose_gammas) + 1
+        bar.total = len(config.traits) * (
+            work.locating_cost() + work.calibration_cost() + work.testing_cost(conditions, config.n_test)
+        ) + (work.testing_cost(n_dose, config.n_dose) if config.dose_trait else 0)
+        for trait in map(as_trait, config.traits):
+            _one_trait(work, trait)
+        if config.dose_trait:
+            _dose(work, as_trait(config.dose_trait))
+        bar.set_postfix_str("tables and figures")
+        bar.update(max(0.0, bar.total - bar.n))
+        return _finish(run, config)
+
+
+def _timed(work: _Work, cost: float, done: bool, compute: Callable[[], Any]) -> Any:
+    """Compute a step; a finished one only moves the bar."""
+    if done:
+        work.bar.update(cost)
+    return compute()
+
+
+def _statistics(work: _Work, trait: Trait, pole: Pole, questions: Sequence[Question]) -> tuple[ActivationStatistics, list[str]]:
+    c, run = work.config, work.run
+    stem = f"{trait}-{pole}"
+    statistics, answers = f"statistics/{stem}.safetensors", f"answers/search-{stem}.parquet"
+    cost = work.locating_cost() / 2
+    if run.done(statistics) and run.done(answers):
+        work.bar.update(cost)
+    else:
+        work.bar.set_postfix_str(f"{trait}: answering as {pole}")
+        stats, made = collect_pole(
+            work.model, work.bench, trait, pole, questions, max_new_tokens=c.search_tokens,
+            batch_size=c.batch_size, progress=work.meter(cost, c.n_search),
+        )  # fmt: skip
+        run.step(statistics, lambda: stats, lambda path, s: s.save(path), ActivationStatistics.load)
+        run.table(answers, lambda: _answer_rows(work, trait, questions, made, "persona", pole, c.search_tokens))
+    return ActivationStatistics.load(run.path / statistics), read_table(run.path / answers)["answer"].tolist()
+
+
+def _answer_rows(
+    work: _Work, trait: Trait, questions: Sequence[Question], answers: Sequence[Answer], condition: str,
+    pole: Pole | None, max_new_tokens: int, **settings: Any,
+) -> pd.DataFrame:  # fmt: skip
+    return pd.DataFrame(
+        {
+            "trait": trait.value,
+            "condition": condition,
+            "pole": pole.value if pole else None,
+            "question_id": [q.id for q in questions],
+            "facet": [q.facet for q in questions],
+            "topic": [q.topic for q in questions],
+            "split": [q.split for q in questions],
+            "question": [q.text for q in questions],
+            "answer": [str(a) for a in answers],
+            "tokens": [list(a.tokens) for a in answers],
+            "finished": [a.finished for a in answers],
+            "model": work.model.name,
+            "fingerprint": work.model.fingerprint.digest,
+            "bench": work.bench.digest,
+            "max_new_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "repetition_penalty": 1.0,
+            **{key: settings.get(key) for key in ("gamma", "threshold", "random_seed", "n_raised", "n_clamped")},
+        }
+    )
+
+
+def _one_trait(work: _Work, trait: Trait) -> None:
+    c, run = work.config, work.run
+    search = work.bench.questions(trait, "search", c.n_search)
+    high, high_answers = _statistics(work, trait, Pole.HIGH, search)
+    low, low_answers = _statistics(work, trait, Pole.LOW, search)
+
+    def chosen() -> NeuronSet:
+        return select_neurons(high, low, threshold=choose_threshold(high, low, min_share=c.min_share))
+
+    save: Callable[[Path, NeuronSet], None] = lambda path, n: n.save(path)  # noqa: E731
+    neurons = run.step(f"neurons/{trait}.safetensors", chosen, save, NeuronSet.load)
+    paper = run.step(
+        f"neurons/{trait}-0.10.safetensors",
+        lambda: select_neurons(high, low, threshold=PAPER_THRESHOLD), save, NeuronSet.load,
+    )  # fmt: skip
+    if not run.done(histogram := f"neurons/{trait}-delta.parquet"):
+        run.table(histogram, lambda: _delta_histogram(trait, high, low))
+
+    cost = work.calibration_cost()
+
+    def calibrate() -> Calibration:
+        work.bar.set_postfix_str(f"{trait}: calibrating the judge")
+        n = c.n_calibration
+        return work.judge.calibrate(
+            trait, search[:n], high_answers[:n], low_answers[:n],
+            progress=work.meter(cost, n * (1 + 2 * c.personas_per_pole)),
+        )  # fmt: skip
+
+    name = f"scores/calibration-{trait}.json"
+    calibration = _timed(
+        work, cost, run.done(name),
+        lambda: run.step(name, calibrate, lambda p, x: write_json(p, asdict(x)), lambda p: Calibration(**read_json(p))),
+    )  # fmt: skip
+    work.judge.use_calibration(trait, calibration)
+    _test(work, trait, neurons, paper)
+
+
+def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> None:
+    c, run = work.config, work.run
+    questions = work.bench.questions(trait, "test", c.n_test)
+    n = len(questions)
+    cost = work.testing_cost(9, n)
+    scoring = n * (1 + 2 * c.personas_per_pole) * (9 * c.test_tokens + 90)
+    answers_name, scores_name = f"answers/test-{trait}.parquet", f"scores/{trait}.parquet"
+
+    def generate() -> pd.DataFrame:
+        work.bar.set_postfix_str(f"{trait}: answering the test questions")
+        prompts: list[Prompt] = [q.text for q in questions]
+        interventions: list[Intervention | None] = [None]
+        jobs: list[tuple[str, Pole | None, list[tuple[int, int]], dict[str, Any]]] = [
+            ("none", None, [(k, 0) for k in range(n)], {})
+        ]
+        base = c.seed * 1000 + 100 * list(TRAITS).index(trait)
+        draws = [neurons.random_matched(base + d) for d in range(c.random_draws)]
+        for pole in POLES:
+            for label, found in (("npti", neurons), ("npti_0.10", paper)):
+                if label == "npti_0.10" and neurons.rule["threshold"] == PAPER_THRESHOLD:
+                    continue
+                if len(found) == 0:
+                    continue
+                edit = found.edit(c.gamma, pole)
+                place = len(interventions)
+                interventions.append(edit)
+                jobs.append((label, pole, [(k, place) for k in range(n)], _edit_facts(found, c.gamma, pole)))
+            place = len(interventions)
+            interventions += [draw.edit(c.gamma, pole) for draw in draws]
+            pairs = [(k, place + k % c.random_draws) for k in range(n)]
+            facts = {**_edit_facts(neurons, c.gamma, pole), "random_seed": [base + k % c.random_draws for k in range(n)]}
+            jobs.append(("random", pole, pairs, facts))
+            first = len(prompts)
+            prompts += persona_prompts(work.bench, trait, pole, questions)
+            jobs.append(("persona", pole, [(first + k, 0) for k in range(n)], {}))
+        pairs = [pair for _, _, own, _ in jobs for pair in own]
+        made = work.model.generate_pairs(
+            prompts, interventions, pairs, decoding=Decoding(c.test_tokens), batch_size=c.batch_size,
+            progress=work.meter(cost - scoring, len(pairs)),
+        )  # fmt: skip
+        return pd.concat(
+            [
+                _answer_rows(work, trait, questions, made[j * n : (j + 1) * n], label, pole, c.test_tokens, **facts)
+                for j, (label, pole, _, facts) in enumerate(jobs)
+            ],
+            ignore_index=True,
+        )
+
+    answers = _timed(work, cost - scoring, run.done(answers_name), lambda: run.table(answers_name, generate))
+    _timed(
+        work, scoring, run.done(scores_name),
+        lambda: run.table(scores_name, lambda: _judge(work, trait, questions, answers, scoring)),
+    )  # fmt: skip
+
+
+def _edit_facts(neurons: NeuronSet, gamma: float, pole: Pole) -> dict[str, Any]:
+    return {
+        "gamma": gamma,
+        "threshold": neurons.rule["threshold"],
+        "n_raised": len(neurons.pole(pole)),
+        "n_clamped": len(neurons.pole(pole.opposite)),
+    }
+
+
+def _judge(work: _Work, trait: Trait, questions: Sequence[Question], answers: pd.DataFrame, cost: float) -> pd.DataFrame:
+    work.bar.set_postfix_str(f"{trait}: judging")
+    n = len(questions)
+    groups = [answers.iloc[start : start + n] for start in range(0, len(answers), n)]
+    judged = work.judge.score_many(
+        questions, [g["answer"].tolist() for g in groups], trait,
+        progress=work.meter(cost, n * (1 + 2 * work.config.personas_per_pole)),
+    )  # fmt: skip
+    keys = ["trait", "condition", "pole", "gamma"]
+    parts = [
+        pd.concat([g[keys].reset_index(drop=True), s], axis=1).assign(judge=work.judge.name)
+        for g, s in zip(groups, judged, strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _dose(work: _Work, trait: Trait) -> None:
+    c, run = work.config, work.run
+    questions = work.bench.questions(trait, "test", c.n_dose)
+    n = len(questions)
+    n_conditions = 2 * len(c.dose_gammas) + 1
+    cost = work.testing_cost(n_conditions, n)
+    scoring = n * (1 + 2 * c.personas_per_pole) * (n_conditions * c.test_tokens + 90)
+    neurons = NeuronSet.load(run.path / f"neurons/{trait}.safetensors")
+
+    def generate() -> pd.DataFrame:
+        work.bar.set_postfix_str(f"{trait}: dose–response")
+        conditions: list[tuple[str, Pole | None, float]] = [("none", None, 0.0)]
+        conditions += [("npti", pole, gamma) for pole in POLES for gamma in c.dose_gammas]
+        edits = [neurons.edit(gamma, pole) if pole else None for _, pole, gamma in conditions]
+        made = work.model.generate_sweep(
+            [q.text for q in questions], edits, max_new_tokens=c.test_tokens, batch_size=c.batch_size,
+            progress=work.meter(cost - scoring, n * n_conditions),
+        )  # fmt: skip
+        rows = [
+            _answer_rows(
+                work, trait, questions, own, label, pole, c.test_tokens,
+                **(_edit_facts(neurons, gamma, pole) if pole else {"gamma": 0.0}),
+            )
+            for (label, pole, gamma), own in zip(conditions, made, strict=True)
+        ]  # fmt: skip
+        return pd.concat(rows, ignore_index=True)
+
+    name = f"answers/dose-{trait}.parquet"
+    answers = _timed(work, cost - scoring, run.done(name), lambda: run.table(name, generate))
+    scored = f"scores/dose-{trait}.parquet"
+    _timed(
+        work, scoring, run.done(scored),
+        lambda: run.table(scored, lambda: _judge(work, trait, questions, answers, scoring)),
+    )  # fmt: skip
+
+
+def _delta_histogram(trait: Trait, high: ActivationStatistics, low: ActivationStatistics) -> pd.DataFrame:
+    edges = np.round(np.linspace(-0.4, 0.4, 161), 4)
+    delta = high.probability - low.probability
+    half = [
+        (lambda h, l: h[0] / h[1] - l[0] / l[1])(high.blocks(which), low.blocks(which))
+        for which in (range(0, high.n_blocks, 2), range(1, high.n_blocks, 2))
+    ]
+    # Half the difference of two halves of the questions has no signal in it: what noise alone looks like.
+    noise = (half[0] - half[1]) / 2
+    counts, _ = np.histogram(np.clip(delta, -0.4, 0.4), edges)
+    null, _ = np.histogram(np.clip(noise, -0.4, 0.4), edges)
+    return pd.DataFrame({"trait": trait.value, "left": edges[:-1], "right": edges[1:], "neurons": counts, "noise": null})
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+def _interval_columns(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _pick(scores: pd.DataFrame, trait: str, condition: str, pole: Pole | None) -> pd.DataFrame:
+    own = scores[(scores["trait"] == trait) & (scores["condition"] == condition)]
+    return own[own["pole"] == pole.value] if pole else own
+
+
+def _ratings(scores: pd.DataFrame, config: ReproduceConfig) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for trait in config.traits:
+        for condition in LABELS:
+            for pole in (None,) if condition == "none" else POLES:
+                own = _pick(scores, trait, condition, pole)
+                if own.empty:
+                    continue
+                interval = bootstrap_mean(own["rating"], seed=config.seed)
+                rows.append(
+                    {
+                        "trait": trait, "condition": condition, "pole": pole.value if pole else "none",
+                        **_interval_columns("rating", interval),
+                        **_interval_columns("nll", bootstrap_mean(own["nll"], seed=config.seed)),
+                        "repetition": own["repetition_4"].mean(), "distinct_2": own["distinct_2"].mean(),
+                        "n": interval.n, "unscored": interval.unscored,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _table(scores: pd.DataFrame, config: ReproduceConfig) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for trait in config.traits:
+        for condition, label in LABELS.items():
+            both = {p: _pick(scores, trait, condition, None if condition == "none" else p) for p in POLES}
+            if both[Pole.HIGH].empty:
+                continue
+            score = bootstrap_mean(
+                pair_scores(both[Pole.HIGH]["rating"], both[Pole.LOW]["rating"]), seed=config.seed
+            )
+            nll = bootstrap_mean(
+                (both[Pole.HIGH]["nll"].to_numpy() + both[Pole.LOW]["nll"].to_numpy()) / 2, seed=config.seed
+            )
+            rows.append(
+                {
+                    "trait": trait, "condition": label, **_interval_columns("score", score),
+                    "variance": score.variance, **_interval_columns("nll", nll),
+                    "repetition": float(np.mean([both[p]["repetition_4"].mean() for p in POLES])),
+                    "n": score.n, "unscored": score.unscored, "judge_auc": float(both[Pole.HIGH]["auc"].iloc[0]),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _verdicts(scores: pd.DataFrame, config: ReproduceConfig) -> list[Verdict]:
+    found: list[Verdict] = []
+    for trait in config.traits:
+        none = _pick(scores, trait, "none", None)
+        for pole in POLES:
+            edit, random = (_pick(scores, trait, name, pole) for name in ("npti", "random"))
+
+            def mean(values: Any) -> Interval:
+                return bootstrap_mean(values, seed=config.seed)
+
+            found.append(
+                Verdict(
+                    as_trait(trait), pole, mean(edit["rating"]), mean(random["rating"]), mean(none["rating"]),
+                    mean(edit["rating"].to_numpy() - random["rating"].to_numpy()),
+                    mean(edit["nll"].to_numpy() - none["nll"].to_numpy()),
+                    float(edit["auc"].iloc[0]),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _dose_table(folder: Path, config: ReproduceConfig) -> pd.DataFrame:
+    if not config.dose_trait:
+        return pd.DataFrame()
+    scores = read_table(folder / f"scores/dose-{config.dose_trait}.parquet")
+    rows: list[dict[str, Any]] = []
+    for pole in POLES:
+        own = scores[(scores["pole"] == pole.value) | (scores["condition"] == "none")]
+        for gamma, part in own.groupby("gamma"):
+            rows.append(
+                {
+                    "trait": config.dose_trait, "pole": pole.value, "gamma": gamma,
+                    **_interval_columns("rating", bootstrap_mean(part["rating"], seed=config.seed)),
+                    **_interval_columns("nll", bootstrap_mean(part["nll"], seed=config.seed)),
+                    "repetition": part["repetition_4"].mean(),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _threshold_table(neurons: dict[Trait, NeuronSet], folder: Path) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for trait, own in neurons.items():
+        paper = NeuronSet.load(folder / f"neurons/{trait}-0.10.safetensors")
+        s = own.stability
+        rows.append(
+            {
+                "trait": trait.value, "threshold": own.rule["threshold"],
+                "n_high": len(own.pole("high")), "n_low": len(own.pole("low")),
+                "n_high_paper": len(paper.pole("high")), "n_low_paper": len(paper.pole("low")),
+                "jaccard": np.nanmean([s.jaccard_high, s.jaccard_low]) if s else math.nan,
+                "jaccard_chance": s.jaccard_chance if s else math.nan,
+                "rank_correlation": s.rank_correlation if s else math.nan,
+                "significant": int((own.q < 0.05).sum()),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _summarise(folder: Path, config: ReproduceConfig) -> ReproduceResult:
+    traits = [as_trait(t) for t in config.traits]
+    scores = pd.concat([read_table(folder / f"scores/{t}.parquet") for t in traits], ignore_index=True)
+    answers = pd.concat([read_table(folder / f"answers/test-{t}.parquet") for t in traits], ignore_index=True)
+    neurons = {t: NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in traits}
+    return ReproduceResult(
+        folder=folder,
+        config=config,
+        answers=answers,
+        scores=scores,
+        table=_table(scores, config),
+        ratings=_ratings(scores, config),
+        dose=_dose_table(folder, config),
+        neurons=neurons,
+        thresholds=_threshold_table(neurons, folder),
+        deltas=pd.concat([read_table(folder / f"neurons/{t}-delta.parquet") for t in traits], ignore_index=True),
+        verdicts=_verdicts(scores, config),
+        calibrations={t: Calibration(**read_json(folder / f"scores/calibration-{t}.json")) for t in traits},
+    )
+
+
+def styled(table: pd.DataFrame) -> Any:
+    """The main table as a pandas Styler, for HTML and LaTeX."""
+    shown = pd.DataFrame(
+        {
+            "Trait": table["trait"],
+            "Condition": table["condition"],
+            "Score / 10": [f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in zip(table["score"], table["score_low"], table["score_high"], strict=True)],
+            "Variance": table["variance"].map("{:.2f}".format),
+            "NLL / token": [f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in zip(table["nll"], table["nll_low"], table["nll_high"], strict=True)],
+            "Repetition": table["repetition"].map("{:.2f}".format),
+            "Judge AUC": table["judge_auc"].map("{:.2f}".format),
+            "n": table["n"],
+            "Unscored": table["unscored"],
+        }
+    )  # fmt: skip
+    return shown.style.hide(axis="index")
+
+
+def _finish(run: RunFolder, config: ReproduceConfig) -> ReproduceResult:
+    result = _summarise(run.path, config)
+    run.table("answers.parquet", lambda: result.answers)
+    run.table("scores.parquet", lambda: result.scores)
+    texts = {
+        "table.csv": result.table.to_csv(index=False, lineterminator="\n"),
+        "table.html": styled(result.table).to_html(table_uuid="npti"),
+        "table.tex": styled(result.table).to_latex(hrules=True),
+        "summary.md": result.summary(),
+    }
+    for name, text in texts.items():
+        write_atomic(run.path / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
+        run.record(name)
+    made = write_figures(result, run.path / "figures")
+    run.record(*(str(path.relative_to(run.path)) for path in made))
+    return result
+
+
+def write_figures(result: ReproduceResult, folder: Path) -> list[Path]:
+    """Draw every figure of the experiment into ``folder``; needs no model.
+
+    Returns:
+        the files written.
+    """
+    settings = {
+        "settings": asdict(result.config),
+        "fingerprint": next(iter(result.neurons.values())).fingerprint,
+        "seed": result.config.seed,
+    }
+    drawn = {
+        "scores": figures.plot_scores(result.ratings, LABELS),
+        "layers": figures.plot_neurons_per_layer(result.neurons),
+        "delta": figures.plot_delta(result.deltas, dict(zip(result.thresholds["trait"], result.thresholds["threshold"], strict=True))),
+    }  # fmt: skip
+    if not result.dose.empty:
+        drawn["dose"] = figures.plot_dose(result.dose)
+    written: list[Path] = []
+    for stem, (figure, data) in drawn.items():
+        written += figures.save_figure(figure, folder / stem, data, settings)
+    return written
+

@@ -1,0 +1,210 @@
+"""Figures for papers: one function a figure, result in, matplotlib Figure and the plotted data out.
+
+Text width 5.5 in (ICLR, NeurIPS), one fixed colour-blind-safe colour a trait in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.patches
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tueplots import bundles
+
+from npti_interp._files import library_versions, write_atomic, write_json
+from npti_interp.neurons import NeuronSet
+from npti_interp.traits import Pole, Trait, as_trait
+
+__all__ = [
+    "TRAIT_COLOURS",
+    "paper_style",
+    "plot_delta",
+    "plot_dose",
+    "plot_neurons_per_layer",
+    "plot_scores",
+    "save_figure",
+]
+
+TRAIT_COLOURS: dict[Trait, str] = {
+    Trait.AGREEABLENESS: "#009E73",
+    Trait.CONSCIENTIOUSNESS: "#0072B2",
+    Trait.EXTRAVERSION: "#E69F00",
+    Trait.NEUROTICISM: "#D55E00",
+    Trait.OPENNESS: "#CC79A7",
+}
+"""Okabe and Ito's colours, one a trait, everywhere."""
+
+WIDTH = 5.5
+_HIGH, _LOW, _NEUTRAL = "#B2182B", "#2166AC", "#777777"
+
+
+def paper_style() -> dict[str, Any]:
+    """Matplotlib settings of the paper figures (no LaTeX needed; fonts embedded as TrueType)."""
+    style = dict(bundles.iclr2024(usetex=False, family="sans-serif"))
+    style.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.autolayout": False,
+            "figure.dpi": 150,
+            "savefig.dpi": 300,
+            "savefig.bbox": None,
+            "pdf.fonttype": 42,
+            "ps.fonttype": 42,
+            "svg.hashsalt": "npti",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.sans-serif": ["DejaVu Sans"],
+            "mathtext.fontset": "dejavusans",
+        }
+    )
+    return style
+
+
+def save_figure(
+    figure: Figure, stem: str | Path, data: pd.DataFrame, settings: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write ``stem.pdf``, ``stem.png`` (300 dpi), ``stem.csv`` (what was plotted) and ``stem.json`` (how it was made).
+
+    Equal input gives equal bytes: no dates are written.
+
+    Returns:
+        the four paths.
+    """
+    base = Path(stem)
+    paths = [base.with_name(base.name + end) for end in (".pdf", ".png", ".csv", ".json")]
+    with mpl.rc_context(paper_style()):
+        write_atomic(paths[0], lambda p: figure.savefig(p, metadata={"CreationDate": None, "ModDate": None}))
+        write_atomic(paths[1], lambda p: figure.savefig(p, metadata={"Software": None}))
+    text = data.to_csv(index=False, lineterminator="\n")
+    write_atomic(paths[2], lambda p: p.write_text(text, encoding="utf-8"))
+    plain = {
+        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for key, value in dict(settings or {}).items()
+    }
+    write_json(paths[3], {"figure": base.name, "versions": library_versions(), **plain})
+    return paths
+
+
+def _error(frame: pd.DataFrame, name: str) -> Any:
+    return np.abs(
+        np.stack([frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]]).astype(float)
+    )
+
+
+def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
+    """Rating of each condition, pole by pole, with 95 % intervals; one panel a trait.
+
+    Args:
+        ratings: ``trait, condition, pole, rating, rating_low, rating_high``.
+        labels: conditions in order, with the names people read.
+    """
+    traits = list(dict.fromkeys(ratings["trait"]))
+    shown = [c for c in labels if c != "none" and (ratings["condition"] == c).any()]
+    with mpl.rc_context(paper_style()):
+        figure = Figure(figsize=(WIDTH, 2.1))
+        axes = np.atleast_1d(figure.subplots(1, len(traits), sharey=True))
+        for ax, trait in zip(axes, traits, strict=True):
+            own = ratings[ratings["trait"] == trait]
+            none = own[own["condition"] == "none"].iloc[0]
+            ax.axhspan(none["rating_low"], none["rating_high"], color=_NEUTRAL, alpha=0.18, lw=0)
+            ax.axhline(none["rating"], color=_NEUTRAL, lw=0.8)
+            for pole, colour, marker in ((Pole.HIGH, _HIGH, "^"), (Pole.LOW, _LOW, "v")):
+                part = own[own["pole"] == pole.value].set_index("condition")
+                part = part.loc[[c for c in shown if c in part.index]]
+                at = [shown.index(c) for c in part.index]
+                ax.errorbar(
+                    at, part["rating"], yerr=_error(part, "rating"), fmt=marker, ms=4, lw=1.0, capsize=1.8,
+                    color=colour, label=f"{pole.value} pole induced",
+                )  # fmt: skip
+            ax.set_title(trait, color=TRAIT_COLOURS[as_trait(trait)], fontsize=7)
+            ax.set_xticks(range(len(shown)), [labels[c] for c in shown], rotation=90, fontsize=6)
+            ax.set_xlim(-0.6, len(shown) - 0.4)
+            ax.set_ylim(1, 5)
+        axes[0].set_ylabel("rating (1–5)")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(
+            [*handles, mpl.patches.Patch(color=_NEUTRAL, alpha=0.4)], [*names, "no edit (95 %)"],
+            loc="outside upper center", ncols=3, fontsize=6, frameon=False,
+        )  # fmt: skip
+    return figure, ratings
+
+
+def plot_neurons_per_layer(neurons: Mapping[Trait, NeuronSet]) -> tuple[Figure, pd.DataFrame]:
+    """How many neurons of each pole lie in each layer: high upwards, low downwards; one panel a trait."""
+    rows: list[dict[str, Any]] = []
+    with mpl.rc_context(paper_style()):
+        figure = Figure(figsize=(WIDTH, 1.6))
+        axes = np.atleast_1d(figure.subplots(1, len(neurons), sharey=True))
+        for ax, (trait, own) in zip(axes, neurons.items(), strict=True):
+            for pole in Pole:
+                count = own.pole(pole).per_layer()
+                colour = TRAIT_COLOURS[as_trait(trait)]
+                ax.bar(
+                    range(len(count)), pole.sign * count, width=0.9, color=colour, alpha=1 if pole is Pole.HIGH else 0.5
+                )
+                rows += [{"trait": str(trait), "pole": pole.value, "layer": k, "neurons": int(c)} for k, c in enumerate(count)]
+            ax.axhline(0, color="black", lw=0.5)
+            ax.set_title(str(trait), fontsize=7)
+            ax.set_xlabel("layer")
+            ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+        axes[0].set_ylabel("neurons\nlow ↓    ↑ high")
+    return figure, pd.DataFrame(rows)
+
+
+def plot_delta(deltas: pd.DataFrame, thresholds: Mapping[str, float]) -> tuple[Figure, pd.DataFrame]:
+    """Distribution of δ over all neurons, the noise of split halves, and the threshold; one panel a trait.
+
+    Args:
+        deltas: ``trait, left, right, neurons, noise``.
+        thresholds: by trait.
+    """
+    traits = list(dict.fromkeys(deltas["trait"]))
+    with mpl.rc_context(paper_style()):
+        figure = Figure(figsize=(WIDTH, 1.6))
+        axes = np.atleast_1d(figure.subplots(1, len(traits), sharey=True))
+        for ax, trait in zip(axes, traits, strict=True):
+            own = deltas[deltas["trait"] == trait]
+            edges = [*own["left"], own["right"].iloc[-1]]
+            ax.stairs(own["neurons"], edges, fill=True, color=TRAIT_COLOURS[as_trait(trait)], label="δ")
+            ax.stairs(own["noise"], edges, color="black", lw=0.7, label="noise (half-difference of split halves)")
+            for sign in (-1, 1):
+                ax.axvline(sign * thresholds[trait], color="black", lw=0.7, ls="--")
+            ax.set_yscale("log")
+            ax.set_xlim(-0.25, 0.25)
+            ax.set_title(f"{trait}", fontsize=7)
+            ax.set_xlabel("δ")
+        axes[0].set_ylabel("neurons")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles[1:], names[1:], loc="outside lower center", fontsize=6, frameon=False)
+    return figure, deltas
+
+
+def plot_dose(dose: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Rating and fluency against γ for one trait, both poles, with 95 % intervals."""
+    trait = str(dose["trait"].iloc[0])
+    with mpl.rc_context(paper_style()):
+        figure = Figure(figsize=(WIDTH, 2.0))
+        left, middle, right = figure.subplots(1, 3)
+        for pole, colour, marker in ((Pole.HIGH, _HIGH, "^"), (Pole.LOW, _LOW, "v")):
+            own = dose[dose["pole"] == pole.value].sort_values("gamma")
+            for ax, name in ((left, "rating"), (middle, "nll")):
+                ax.errorbar(
+                    own["gamma"], own[name], yerr=_error(own, name), color=colour, marker=marker, ms=3.5, lw=1,
+                    capsize=1.8, label=f"{pole.value} pole induced",
+                )  # fmt: skip
+            right.plot(own["gamma"], own["repetition"], color=colour, marker=marker, ms=3.5, lw=1)
+        left.set_ylabel(f"{trait} rating (1–5)")
+        left.set_ylim(1, 5)
+        middle.set_ylabel("NLL per token (nats)")
+        right.set_ylabel("repeated 4-grams")
+        right.set_ylim(0, 1)
+        for ax in (left, middle, right):
+            ax.set_xlabel("γ")
+        left.legend(fontsize=6, frameon=False)
+    return figure, dose

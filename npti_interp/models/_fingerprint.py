@@ -1,0 +1,122 @@
+"""A model's identity: what neurons and statistics are bound to.
+
+Released neuron files say nothing of their model, and users applied Llama-3 neurons to Llama-3.1 and saw no effect
+(METHOD.md section 4, item 11). Every file of this toolkit carries the fingerprint below, and a mismatch raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from npti_interp.errors import ArtifactError, FingerprintMismatchError
+from npti_interp.models._sites import FFNSites, activation_name, sampled_values
+
+__all__ = ["ModelFingerprint", "fingerprint_model"]
+
+_SAMPLES_PER_TENSOR = 256
+
+
+def _digest(*parts: bytes) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """Identity of a model, its tokenizer and its chat template.
+
+    Attributes:
+        architecture: class name of the Hugging Face model.
+        n_layers: transformer blocks.
+        d_mlp: neurons a layer.
+        d_model: residual width.
+        vocab_size: rows of the embedding.
+        activation: name of σ.
+        weights: digest of names, shapes and up to 256 evenly spaced entries (as bfloat16) of every parameter; milliseconds
+            a billion parameters, since nothing else is read.
+        tokenizer: digest of the vocabulary and special tokens.
+        chat_template: digest of the template, or ``""`` for a model that has none.
+    """
+
+    architecture: str
+    n_layers: int
+    d_mlp: int
+    d_model: int
+    vocab_size: int
+    activation: str
+    weights: str
+    tokenizer: str
+    chat_template: str
+
+    @property
+    def digest(self) -> str:
+        """One short hexadecimal word for the whole."""
+        return _digest(self.to_json().encode())[:16]
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelFingerprint:
+        """Inverse of `to_json`.
+
+        Raises:
+            ArtifactError: not a fingerprint.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"not a model fingerprint: {text[:80]!r}") from error
+
+    def differences(self, other: ModelFingerprint) -> list[str]:
+        """Fields that differ, as ``"field: mine != theirs"``."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+    def require_same(self, other: ModelFingerprint, what: str) -> None:
+        """Raise unless ``other`` is the same model.
+
+        Args:
+            other: the fingerprint to compare with.
+            what: what is being compared, for the message.
+
+        Raises:
+            FingerprintMismatchError: naming every field that differs.
+        """
+        if different := self.differences(other):
+            raise FingerprintMismatchError(f"{what} belong to different models ({'; '.join(different)})")
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.n_layers}×{self.d_mlp} [{self.digest}]"
+
+
+def fingerprint_model(model: nn.Module, tokenizer: Any, sites: FFNSites) -> ModelFingerprint:
+    """Fingerprint of a Hugging Face model with its tokenizer."""
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        weights.update(f"{name}{tuple(parameter.shape)}".encode())
+        weights.update(sampled_values(parameter, _SAMPLES_PER_TENSOR).view(torch.int16).numpy().tobytes())
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    special = sorted((str(k), str(v)) for k, v in tokenizer.special_tokens_map.items())
+    hf_model: Any = model
+    return ModelFingerprint(
+        architecture=type(model).__name__,
+        n_layers=sites.n_layers,
+        d_mlp=sites.d_mlp,
+        d_model=sites.d_model,
+        vocab_size=int(hf_model.get_input_embeddings().weight.shape[0]),
+        activation=activation_name(model, sites),
+        weights=weights.hexdigest()[:32],
+        tokenizer=_digest(json.dumps(vocabulary).encode(), json.dumps(special).encode()),
+        chat_template=_digest(str(tokenizer.chat_template).encode()) if tokenizer.chat_template else "",
+    )

@@ -1,0 +1,454 @@
+"""A language model with its tokenizer, its neurons and the engine that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from npti_interp.activations import DEFAULT_BLOCKS, ActivationCollector, ActivationStatistics
+from npti_interp.backends import Backend, TransformerLensBackend
+from npti_interp.generation import DEFAULT_ROWS, Answer, Decoding, Progress, Row
+from npti_interp.interventions import Intervention, stack
+from npti_interp.models._fingerprint import ModelFingerprint, fingerprint_model
+from npti_interp.models._sites import FFNSites, find_sites
+
+__all__ = ["Message", "Model", "Prompt", "generate_sweep"]
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+"""A user message, or a list of chat messages (``{"role": …, "content": …}``)."""
+
+
+class Model:
+    """A causal language model, ready to be located, edited and judged. Made by `load_model`.
+
+    Args:
+        hf_model: a Hugging Face causal language model; it stays untouched.
+        tokenizer: its tokenizer.
+        name: what it is called in files and figures.
+        backend: name of the engine.
+
+    Attributes:
+        hf_model: the plain Hugging Face model.
+        tokenizer: its tokenizer.
+        name: its name.
+        sites: where its FFN neurons are.
+        fingerprint: its identity.
+        backend: the engine that runs it.
+
+    Raises:
+        UnsupportedModelError: mixture-of-experts or unknown architecture.
+        ValueError: unknown backend.
+    """
+
+    def __init__(
+        self, hf_model: nn.Module, tokenizer: Any, name: str = "model", *, backend: str = "transformer_lens"
+    ) -> None:
+        from npti_interp.backends import BACKENDS
+
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        self.sites: FFNSites = find_sites(hf_model)
+        self.hf_model: Any = hf_model.eval()
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        self.fingerprint: ModelFingerprint = fingerprint_model(hf_model, tokenizer, self.sites)
+        stop = self._stop_tokens()
+        rows = self.fingerprint.vocab_size  # a pad token may have been added to the tokenizer without a row for it
+        pad = next((t for t in (tokenizer.pad_token_id, *stop) if t is not None and t < rows), 0)
+        self.backend: Backend = TransformerLensBackend(hf_model, tokenizer, self.sites, pad, stop)
+        self._active: list[Intervention] = []
+
+    def _stop_tokens(self) -> list[int]:
+        found: list[int] = []
+        for source in (self.hf_model.generation_config, self.hf_model.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            found += [value] if isinstance(value, int) else list(value or [])
+        return list(dict.fromkeys(found))
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerLens `TransformerBridge` of this model, on a twin that shares its parameters.
+
+        For caches, weights, logit attribution and hook-point analyses. ``blocks.{l}.mlp.hook_pre`` is ĥW1 before σ,
+        ``mlp.hook_post`` the product on gated FFNs.
+
+        Raises:
+            AttributeError: the backend is not ``transformer_lens``.
+        """
+        if not isinstance(self.backend, TransformerLensBackend):
+            raise AttributeError(f"backend {self.backend.name!r} has no bridge; load with backend='transformer_lens'")
+        return self.backend.bridge
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are wrapped in a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, in the model's own chat template (plain text for a model without one).
+
+        A system message goes where the template puts it; a template that refuses system messages (Gemma) gets it in
+        front of the first user message.
+
+        Raises:
+            ValueError: empty prompt, or one in which the tokenizer finds no token; chat messages for a model without a
+                chat template.
+        """
+        tokens = self._encode(prompt)
+        if not tokens:
+            raise ValueError(f"the tokenizer finds no token in {prompt!r}")
+        return tokens
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError("empty prompt")
+            messages: list[dict[str, str]] = [{"role": "user", "content": prompt}]
+        else:
+            messages = [dict(m) for m in prompt]
+            if not messages or any(not m.get("content", "").strip() or "role" not in m for m in messages):
+                raise ValueError(f"empty prompt, or a message without role and content: {messages!r}")
+        if not self.has_chat_template:
+            if not isinstance(prompt, str) and (len(messages) > 1 or messages[0]["role"] != "user"):
+                raise ValueError(
+                    f"{self.name} has no chat template, so it cannot take system messages or a conversation; "
+                    "give one plain string, or set tokenizer.chat_template"
+                )
+            return tuple(self.tokenizer(messages[0]["content"])["input_ids"])
+        try:
+            text = self._template(messages)
+        except Exception as error:  # templates raise jinja2's TemplateError when they refuse a role
+            if type(error).__name__ != "TemplateError" or messages[0]["role"] != "system" or len(messages) < 2:
+                raise
+            merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            text = self._template([merged, *messages[2:]])
+        # The template writes the special tokens itself; adding them again would double the first one.
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _template(self, messages: Sequence[Message]) -> str:
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Token ids of an answer as it would follow a prompt."""
+        return tuple(self.tokenizer(str(answer), add_special_tokens=False)["input_ids"])
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of prompts; put the string in a list")
+        if not prompts:
+            raise ValueError("no prompts were given")
+        encoded: list[tuple[int, ...]] = []
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded.append(self.encode(prompt))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
+        return encoded
+
+    def _decode(self, tokens: Sequence[int]) -> Answer:
+        stop = set(self._stop_tokens())
+        finished = bool(tokens) and tokens[-1] in stop
+        text = self.tokenizer.decode([t for t in tokens if t not in stop], skip_special_tokens=True)
+        return Answer(text, tokens, finished=finished)
+
+    # -- interventions -------------------------------------------------------------------------------------------
+
+    def _checked(self, intervention: Intervention | None) -> Intervention | None:
+        parts = [*self._active, *([intervention] if intervention is not None else [])]
+        if not parts:
+            return None
+        whole = stack(parts)
+        if whole.fingerprint is not None:
+            whole.fingerprint.require_same(self.fingerprint, "the intervention and the model")
+        whole.layer_edits(self.sites.n_layers, self.sites.d_mlp)
+        return whole
+
+    @contextlib.contextmanager
+    def editing(self, intervention: Intervention) -> Iterator[Model]:
+        """Inside the block every generation is edited: by this object, and by ``hf_model.generate`` as well.
+
+        Edits of nested blocks and of the ``intervention`` argument come on top, in order. ``hf_model`` is edited on
+        passes that continue a cached sequence (a prompt pass never is); a call without a cache cannot be told apart,
+        so it raises.
+
+        Raises:
+            FingerprintMismatchError: the neurons belong to another model.
+        """
+        whole = self._checked(intervention)
+        assert whole is not None
+        handles = _hook_plain_model(self.hf_model, self.sites, intervention)
+        self._active.append(intervention)
+        try:
+            yield self
+        finally:
+            self._active.pop()
+            for handle in handles:
+                handle.remove()
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        intervention: Intervention | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        batch_size: int = DEFAULT_ROWS,
+        progress: bool = False,
+    ) -> list[Answer]:
+        """Answer each prompt.
+
+        Args:
+            prompts: user messages, or lists of chat messages.
+            intervention: edits the generation (generated tokens only).
+            max_new_tokens: most tokens of an answer.
+            temperature: 0 is greedy.
+            top_p: nucleus, for temperatures above 0.
+            repetition_penalty: 1 is none.
+            seed: of the drawing; each prompt has its own stream, so the batch does not matter.
+            batch_size: rows decoded at once.
+            progress: show a progress bar.
+
+        Returns:
+            one `Answer` (a string with its tokens) a prompt.
+
+        Raises:
+            ValueError: no prompts, an empty one, or a setting out of range.
+            FingerprintMismatchError: the intervention belongs to another model.
+        """
+        return self.generate_sweep(
+            prompts,
+            [intervention],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )[0]
+
+    def generate_sweep(
+        self,
+        prompts: Sequence[Prompt],
+        interventions: Sequence[Intervention | None],
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        batch_size: int = DEFAULT_ROWS,
+        progress: bool | Progress = False,
+    ) -> list[list[Answer]]:
+        """Answer each prompt under each intervention, with one pass over each prompt.
+
+        Args:
+            prompts: as for `generate`.
+            interventions: None is the unedited model.
+            max_new_tokens: as for `generate`.
+            temperature: as for `generate`.
+            top_p: as for `generate`.
+            repetition_penalty: as for `generate`.
+            seed: as for `generate`; a prompt draws alike under every intervention.
+            batch_size: rows (prompt × intervention) decoded at once.
+            progress: show a bar, or advance the one given by one a row.
+
+        Returns:
+            for each intervention, one answer a prompt; the same as generating them one by one.
+        """
+        n = len(prompts)
+        answers = self.generate_pairs(
+            prompts,
+            interventions,
+            [(k, c) for c in range(len(interventions)) for k in range(n)],
+            decoding=Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed),
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return [answers[c * n : (c + 1) * n] for c in range(len(interventions))]
+
+    def generate_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        interventions: Sequence[Intervention | None],
+        pairs: Sequence[tuple[int, int]],
+        *,
+        decoding: Decoding,
+        batch_size: int = DEFAULT_ROWS,
+        progress: bool | Progress = False,
+    ) -> list[Answer]:
+        """Answer chosen combinations of prompt and intervention; the general form of `generate_sweep`.
+
+        Args:
+            prompts: as for `generate`.
+            interventions: None is the unedited model.
+            pairs: ``(prompt, intervention)`` by index, one an answer.
+            decoding: how tokens are chosen.
+            batch_size: rows decoded at once; changes no result.
+            progress: show a bar, or advance the one given by one a row.
+
+        Returns:
+            one answer a pair.
+
+        Raises:
+            ValueError: nothing to do, an empty prompt, or an index out of range.
+            FingerprintMismatchError: an intervention belongs to another model.
+        """
+        if not interventions:
+            raise ValueError("no interventions were given; use [None] for the unedited model")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        encoded = self._encode_all(prompts)
+        checked = [self._checked(intervention) for intervention in interventions]
+        for k, c in pairs:
+            if not (0 <= k < len(encoded) and 0 <= c < len(checked)):
+                raise ValueError(f"pair ({k}, {c}) is outside {len(encoded)} prompts × {len(checked)} interventions")
+        rows = [Row(encoded[k], c, key=k) for k, c in pairs]
+        with _bar(progress, len(rows), "generate") as bar:
+            tokens = self.backend.generate(rows, checked, decoding, max_rows=batch_size, progress=bar)
+        return [self._decode(t) for t in tokens]
+
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str] | None = None,
+        *,
+        intervention: Intervention | None = None,
+        max_new_tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        blocks: Sequence[int] | None = None,
+        n_blocks: int = DEFAULT_BLOCKS,
+        batch_size: int = DEFAULT_ROWS,
+        metadata: Mapping[str, Any] | None = None,
+        progress: bool | Progress = False,
+    ) -> tuple[ActivationStatistics, list[Answer]]:
+        """Statistics and answers; see `npti_interp.collect_activations`, which gives the former."""
+        encoded = self._encode_all(prompts)
+        chosen = [k % n_blocks for k in range(len(encoded))] if blocks is None else [int(b) for b in blocks]
+        if len(chosen) != len(encoded):
+            raise ValueError(f"{len(encoded)} prompts but {len(chosen)} blocks")
+        if any(not 0 <= b < n_blocks for b in chosen):
+            raise ValueError(f"blocks must lie in 0 … {n_blocks - 1}, got {min(chosen)} … {max(chosen)}")
+        collector = ActivationCollector(self.fingerprint, n_blocks)
+        rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
+        edits = [self._checked(intervention)]
+        described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
+        with _bar(progress, len(rows), "collect") as bar:
+            if answers is None:
+                decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
+                tokens = self.backend.generate(
+                    rows, edits, decoding, collector=collector, max_rows=batch_size, progress=bar
+                )
+                made = [self._decode(t) for t in tokens]
+                return collector.result({"decoding": decoding.to_dict(), **described}), made
+            if len(answers) != len(rows):
+                raise ValueError(f"{len(rows)} prompts but {len(answers)} answers")
+            fed = [a.tokens[:-1] if isinstance(a, Answer) and a.tokens else self.encode_answer(a) for a in answers]
+            self.backend.replay(rows, fed, edits, collector, progress=bar)
+            given = [a if isinstance(a, Answer) else Answer(a, f) for a, f in zip(answers, fed, strict=True)]
+            return collector.result({"decoding": "replay", **described}), given
+
+    def log_likelihoods(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[str]], *, progress: bool | Progress = False
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """Log-probability of each continuation of each prompt, by the unedited model.
+
+        Args:
+            prompts: as for `generate`; each is passed once for all its continuations.
+            continuations: for each prompt, texts to score.
+            progress: show a bar, or advance the one given by one a prompt.
+
+        Returns:
+            summed natural logarithms and numbers of tokens, in the shape of ``continuations``.
+
+        Raises:
+            ValueError: unequal lengths, or an edit is active (see `editing`).
+        """
+        if self._active:
+            raise ValueError("likelihoods are of the unedited model; leave the `editing` block first")
+        encoded = self._encode_all(prompts)
+        if len(encoded) != len(continuations):
+            raise ValueError(f"{len(encoded)} prompts but {len(continuations)} lists of continuations")
+        tokens = [[self.encode_answer(text) for text in texts] for texts in continuations]
+        with _bar(progress, len(encoded), "score") as bar:
+            sums = self.backend.log_likelihoods(encoded, tokens, progress=bar)
+        return sums, [[len(t) for t in own] for own in tokens]
+
+    def next_token_logits(self, prompts: Sequence[Prompt]) -> Float[Tensor, "prompt vocab"]:
+        """Logits of the first token of an answer to each prompt, by the unedited model; float32 on the CPU."""
+        return self.backend.next_token_logits(self._encode_all(prompts))
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.fingerprint}, backend={self.backend.name!r})"
+
+    def _repr_html_(self) -> str:
+        f = self.fingerprint
+        return (
+            f"<b>{self.name}</b>: {f.architecture}, {f.n_layers} layers × {f.d_mlp:,} FFN neurons, σ = {f.activation}, "
+            f"backend {self.backend.name}, fingerprint <code>{f.digest}</code>"
+        )
+
+
+def generate_sweep(
+    model: Model, prompts: Sequence[Prompt], interventions: Sequence[Intervention | None], **settings: Any
+) -> list[list[Answer]]:
+    """Answer each prompt under each intervention; see `Model.generate_sweep`, whose settings it takes."""
+    return model.generate_sweep(prompts, interventions, **settings)
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | Progress, total: int, what: str) -> Iterator[Progress | None]:
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress:
+        with tqdm(total=total, desc=what, delay=2) as bar:
+            yield bar
+    else:
+        yield None
+
+
+def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Intervention) -> list[Any]:
+    """Hooks that edit a plain Hugging Face model on passes that continue a cached sequence."""
+    edits = dict(intervention.layer_edits(sites.n_layers, sites.d_mlp))
+    if any(edit.drop > 0 for edit in edits.values()):
+        raise ValueError("an edit with a random mask needs the step's number; pass it to Model.generate instead")
+    if intervention.edit_prompt_end:
+        raise ValueError("edit_prompt_end is only known to Model.generate; pass the edit as its argument")
+    state = {"continues": False}
+
+    def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            raise ValueError(
+                "an edit is active, but this forward pass has no key-value cache, so prompt and generated tokens "
+                "cannot be told apart and nothing could be edited; use generate(), or pass past_key_values"
+            )
+        state["continues"] = cache.get_seq_length() > 0
+
+    def hook(layer: int) -> Any:
+        def after(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+            if not state["continues"]:
+                return None
+            edit = edits[layer]
+            return torch.minimum(output, edit.bound.to(output)) + edit.add.to(output)
+
+        return after
+
+    modules = sites.activation_modules(hf_model)
+    handles: list[Any] = [hf_model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [modules[layer].register_forward_hook(hook(layer)) for layer in edits]
+    return handles

@@ -1,0 +1,149 @@
+"""Run folders: what a long run has done is on disk at once, and a run that was stopped continues where it was.
+
+A folder holds ``config.json``, the run's files, and ``manifest.json`` with the SHA-256 of each. A step is done when
+its file is in the manifest; it is then loaded, not computed again. Every file is written to a temporary name and
+renamed, so a killed run leaves whole files only, and continuing it gives the same bytes as never having stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import pandas as pd
+
+from npti_interp._files import read_json, sha256_of, write_atomic, write_json
+from npti_interp.errors import ArtifactError, RunFolderError
+
+__all__ = ["RunFolder", "read_table", "write_table"]
+
+T = TypeVar("T")
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as Parquet, whole or not at all."""
+    write_atomic(path, lambda scratch: table.to_parquet(scratch, index=False))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a Parquet table.
+
+    Raises:
+        ArtifactError: not a whole Parquet file.
+    """
+    import pyarrow as pa
+
+    try:
+        return pd.read_parquet(path)
+    except (pa.ArrowInvalid, pa.ArrowIOError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+class RunFolder:
+    """One run's folder, locked while in use. A context manager.
+
+    Args:
+        path: the folder; made if it is not there.
+        config: the run's settings; a folder made with other settings is refused.
+
+    Raises:
+        RunFolderError: other settings, or another process is at work in it.
+        ArtifactError: a file listed in the manifest is missing or altered.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._config = json.loads(json.dumps(dict(config)))
+        self._files: dict[str, str] = {}
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            self._check_config()
+            manifest = self.path / "manifest.json"
+            if manifest.is_file():
+                self._files = dict(read_json(manifest).get("files", {}))
+                for name in self._files:
+                    self.verify(name)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+
+    def _acquire(self) -> None:
+        import fcntl
+
+        self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise RunFolderError(f"another process is at work in {self.path}; wait for it, or choose another folder") from error
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)  # closing gives the lock back, also when the process is killed
+            self._lock = None
+
+    def _check_config(self) -> None:
+        file = self.path / "config.json"
+        if not file.is_file():
+            if any(p.name != ".lock" for p in self.path.iterdir()):
+                raise RunFolderError(f"{self.path} holds other files and no config.json; choose an empty or new folder")
+            write_json(file, self._config)
+            return
+        found = read_json(file)
+        if found != self._config:
+            names = sorted(k for k in {*found, *self._config} if found.get(k) != self._config.get(k))
+            shown = "; ".join(f"{k}: {found.get(k)!r} there, {self._config.get(k)!r} now" for k in names[:4])
+            raise RunFolderError(
+                f"{self.path} was made with other settings ({shown}); choose another folder, or delete this one"
+            )
+
+    def done(self, name: str) -> bool:
+        """Whether ``name`` is finished."""
+        return name in self._files
+
+    def verify(self, name: str) -> Path:
+        """The path of a finished file, after comparing its checksum.
+
+        Raises:
+            ArtifactError: missing or altered.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is in the manifest but missing; restore it, or delete the folder and run again")
+        if sha256_of(path) != self._files[name]:
+            raise ArtifactError(f"{path} was altered since it was written; restore it, or delete the folder and run again")
+        return path
+
+    def record(self, *names: str) -> None:
+        """Take finished files into the manifest."""
+        for name in names:
+            self._files[name] = sha256_of(self.path / name)
+        write_json(self.path / "manifest.json", {"files": dict(sorted(self._files.items()))})
+
+    def step(self, name: str, compute: Callable[[], T], save: Callable[[Path, T], None], load: Callable[[Path], T]) -> T:
+        """The content of file ``name``: loaded if it is there, else computed, written and recorded.
+
+        What is returned is always read back from the file, so that a run which continues and one which never
+        stopped go on with the very same numbers.
+        """
+        if not self.done(name):
+            save(self.path / name, compute())
+            self.record(name)
+        return load(self.path / name)
+
+    def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """`step` for a Parquet table."""
+        return self.step(name, compute, write_table, read_table)
