@@ -189,7 +189,13 @@ class ActivationStatistics:
             fingerprint = ModelFingerprint.from_json(metadata.pop("fingerprint"))
             sketch = QuantileSketch(*(arrays[f"sketch_{n}"].copy() for n in ("bins", "base", "width", "over")))
             loaded = cls(
-                arrays["active_count"].astype(np.int64), arrays["n_tokens"], arrays["mean"], arrays["m2"], sketch, fingerprint, metadata
+                arrays["active_count"].astype(np.int64),
+                arrays["n_tokens"],
+                arrays["mean"],
+                arrays["m2"],
+                sketch,
+                fingerprint,
+                metadata,
             )
         except KeyError as error:
             raise ArtifactError(f"{path} lacks {error}") from error
@@ -200,7 +206,9 @@ class ActivationStatistics:
     def __repr__(self) -> str:
         layers, neurons = self.shape
         who = " ".join(str(self.metadata[k]) for k in ("trait", "pole") if self.metadata.get(k))
-        return f"ActivationStatistics({layers} layers × {neurons:,} neurons, {self.total_tokens:,} tokens, {who or '—'})"
+        return (
+            f"ActivationStatistics({layers} layers × {neurons:,} neurons, {self.total_tokens:,} tokens, {who or '—'})"
+        )
 
     def _repr_html_(self) -> str:
         p = self.probability
@@ -282,7 +290,9 @@ class ActivationCollector:
             ValueError: no token was counted.
         """
         if self._tokens.sum() == 0:
-            raise ValueError("no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1")
+            raise ValueError(
+                "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
+            )
         return ActivationStatistics(
             np.ascontiguousarray(self._counts.transpose(1, 0, 2)).astype(np.int64),
             self._tokens.copy(),

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.patches
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from tueplots import bundles
 
 from npti_interp._files import library_versions, write_atomic, write_json
@@ -44,9 +44,9 @@ WIDTH = 5.5
 _HIGH, _LOW, _NEUTRAL = "#B2182B", "#2166AC", "#777777"
 
 
-def paper_style() -> dict[str, Any]:
+def paper_style() -> Any:
     """Matplotlib settings of the paper figures (no LaTeX needed; fonts embedded as TrueType)."""
-    style = dict(bundles.iclr2024(usetex=False, family="sans-serif"))
+    style: Any = bundles.iclr2024(usetex=False, family="sans-serif")
     style.update(
         {
             "figure.constrained_layout.use": True,
@@ -91,10 +91,8 @@ def save_figure(
     return paths
 
 
-def _error(frame: pd.DataFrame, name: str) -> Any:
-    return np.abs(
-        np.stack([frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]]).astype(float)
-    )
+def _error(frame: Any, name: str) -> Any:
+    return np.abs(np.stack([frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]]).astype(float))
 
 
 def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
@@ -105,12 +103,13 @@ def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figur
         labels: conditions in order, with the names people read.
     """
     traits = list(dict.fromkeys(ratings["trait"]))
-    shown = [c for c in labels if c != "none" and (ratings["condition"] == c).any()]
+    present = set(ratings["condition"])
+    shown = [c for c in labels if c != "none" and c in present]
     with mpl.rc_context(paper_style()):
         figure = Figure(figsize=(WIDTH, 2.1))
         axes = np.atleast_1d(figure.subplots(1, len(traits), sharey=True))
         for ax, trait in zip(axes, traits, strict=True):
-            own = ratings[ratings["trait"] == trait]
+            own: Any = ratings[ratings["trait"] == trait]
             none = own[own["condition"] == "none"].iloc[0]
             ax.axhspan(none["rating_low"], none["rating_high"], color=_NEUTRAL, alpha=0.18, lw=0)
             ax.axhline(none["rating"], color=_NEUTRAL, lw=0.8)
@@ -129,7 +128,7 @@ def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figur
         axes[0].set_ylabel("rating (1–5)")
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(
-            [*handles, mpl.patches.Patch(color=_NEUTRAL, alpha=0.4)], [*names, "no edit (95 %)"],
+            [*handles, Patch(color=_NEUTRAL, alpha=0.4)], [*names, "no edit (95 %)"],
             loc="outside upper center", ncols=3, fontsize=6, frameon=False,
         )  # fmt: skip
     return figure, ratings
@@ -148,7 +147,10 @@ def plot_neurons_per_layer(neurons: Mapping[Trait, NeuronSet]) -> tuple[Figure, 
                 ax.bar(
                     range(len(count)), pole.sign * count, width=0.9, color=colour, alpha=1 if pole is Pole.HIGH else 0.5
                 )
-                rows += [{"trait": str(trait), "pole": pole.value, "layer": k, "neurons": int(c)} for k, c in enumerate(count)]
+                rows += [
+                    {"trait": str(trait), "pole": pole.value, "layer": k, "neurons": int(c)}
+                    for k, c in enumerate(count)
+                ]
             ax.axhline(0, color="black", lw=0.5)
             ax.set_title(str(trait), fontsize=7)
             ax.set_xlabel("layer")
@@ -169,7 +171,7 @@ def plot_delta(deltas: pd.DataFrame, thresholds: Mapping[str, float]) -> tuple[F
         figure = Figure(figsize=(WIDTH, 1.6))
         axes = np.atleast_1d(figure.subplots(1, len(traits), sharey=True))
         for ax, trait in zip(axes, traits, strict=True):
-            own = deltas[deltas["trait"] == trait]
+            own: Any = deltas[deltas["trait"] == trait]
             edges = [*own["left"], own["right"].iloc[-1]]
             ax.stairs(own["neurons"], edges, fill=True, color=TRAIT_COLOURS[as_trait(trait)], label="δ")
             ax.stairs(own["noise"], edges, color="black", lw=0.7, label="noise (half-difference of split halves)")
@@ -192,7 +194,8 @@ def plot_dose(dose: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure = Figure(figsize=(WIDTH, 2.0))
         left, middle, right = figure.subplots(1, 3)
         for pole, colour, marker in ((Pole.HIGH, _HIGH, "^"), (Pole.LOW, _LOW, "v")):
-            own = dose[dose["pole"] == pole.value].sort_values("gamma")
+            chosen: Any = dose[dose["pole"] == pole.value]
+            own = chosen.sort_values("gamma")
             for ax, name in ((left, "rating"), (middle, "nll")):
                 ax.errorbar(
                     own["gamma"], own[name], yerr=_error(own, name), color=colour, marker=marker, ms=3.5, lw=1,

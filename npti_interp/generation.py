@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -139,7 +139,7 @@ class _BufferLayer(DynamicLayer):
         self._k[:, :, self._length : end] = key_states
         self._v[:, :, self._length : end] = value_states
         self._set(end)
-        return self.keys, self.values
+        return self._k[:, :, :end], self._v[:, :, :end]
 
     def _set(self, length: int) -> None:
         self._length = length
@@ -230,9 +230,7 @@ class LocalEngine:
         stop_token_ids: tokens that end an answer.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: FFNSites, pad_token_id: int, stop_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, sites: FFNSites, pad_token_id: int, stop_token_ids: Sequence[int]) -> None:
         self._model: Any = model
         self._sites = sites
         self._pad = pad_token_id
@@ -247,7 +245,7 @@ class LocalEngine:
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _hooked(self, state: _Pass, *, wanted: bool) -> Iterator[None]:
+    def _hooked(self, state: _Pass, *, wanted: bool) -> Generator[None]:
         handles: list[Any] = []
         try:
             if wanted:
@@ -541,7 +539,7 @@ def _all_edits(intervention: Intervention, sites: FFNSites) -> list[LayerEdit]:
     return list(intervention.layer_edits(sites.n_layers, sites.d_mlp).values())
 
 
-def _by_tokens(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _by_tokens(order: Sequence[int], lengths: Sequence[int], budget: int) -> Generator[list[int]]:
     """Split ``order`` into chunks of at most ``budget`` tokens (at least one member each)."""
     chunk: list[int] = []
     total = 0

@@ -75,25 +75,22 @@ class LayerEdit:
                 "depend on the mask; stack them the other way round, or without drop"
             )
         drop, seed = next(iter(masks)) if masks else (0.0, 0)
-        return LayerEdit(
-            torch.minimum(self.bound, later.bound - self.add), self.add + later.add, drop, seed
-        )
+        return LayerEdit(torch.minimum(self.bound, later.bound - self.add), self.add + later.add, drop, seed)
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """Anything that changes a generation: gives its edits for a model of given size.
-
-    Attributes:
-        edit_prompt_end: whether the last prompt position is edited as well.
-        fingerprint: the model it belongs to; None fits any model of the right size.
-    """
+    """Anything that changes a generation: gives its edits for a model of given size."""
 
     @property
-    def edit_prompt_end(self) -> bool: ...
+    def edit_prompt_end(self) -> bool:
+        """Whether the last prompt position is edited as well."""
+        ...
 
     @property
-    def fingerprint(self) -> ModelFingerprint | None: ...
+    def fingerprint(self) -> ModelFingerprint | None:
+        """The model it belongs to; None fits any model that is large enough."""
+        ...
 
     def layer_edits(self, n_layers: int, d_mlp: int) -> Mapping[int, LayerEdit]:
         """Edits by layer; layers that are not named are left alone.

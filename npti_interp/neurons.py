@@ -89,7 +89,9 @@ def estimate_delta(high: ActivationStatistics, low: ActivationStatistics) -> Del
     for name, stats in (("high", high), ("low", low)):
         if (stats.n_tokens == 0).any():
             empty = np.flatnonzero(stats.n_tokens == 0).tolist()
-            raise ValueError(f"question blocks {empty} of the {name} pole hold no token; use more questions or fewer blocks")
+            raise ValueError(
+                f"question blocks {empty} of the {name} pole hold no token; use more questions or fewer blocks"
+            )
     delta = high.probability - low.probability
     blocks = high.n_blocks
     mean, spread = np.zeros_like(delta), np.zeros_like(delta)
@@ -128,7 +130,8 @@ def _jaccard(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
 def _spearman(a: Floats, b: Floats) -> float:
     if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
-    return float(_stats.spearmanr(a, b).statistic)
+    result: Any = _stats.spearmanr(a, b)
+    return float(result.statistic)
 
 
 def _masks(delta: Floats, rule: Mapping[str, Any]) -> dict[Pole, npt.NDArray[np.bool_]]:
@@ -179,7 +182,7 @@ def select_neurons(
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-    if not (isinstance(threshold, int | float) and 0 < threshold <= 1):
+    if not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold!r}")
     if (rule == "top_k") != (k is not None) or (k is not None and k < 1):
         raise ValueError(f"k (at least 1) goes with rule 'top_k', and only with it; got k={k} and rule {rule!r}")
@@ -520,7 +523,11 @@ _ARRAYS = ("layer", "neuron", "delta", "probability", "p95", "se", "q")
 
 
 def _published_row(row: Any, layer: str, pole: Pole, where: str) -> tuple[int, int, float, float, float]:
-    if not isinstance(row, list) or len(row) != 5 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in row):
+    if (
+        not isinstance(row, list)
+        or len(row) != 5
+        or any(isinstance(v, bool) or not isinstance(v, int | float) for v in row)
+    ):
         raise ArtifactError(f"{where}: expected [layer, neuron, |δ|, Pr, a95], got {row!r}")
     a, b, delta, probability, p95 = row
     sane = (

@@ -76,7 +76,9 @@ class RunFolder:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._release()
 
     def _acquire(self) -> None:
@@ -88,7 +90,9 @@ class RunFolder:
         except OSError as error:
             os.close(self._lock)
             self._lock = None
-            raise RunFolderError(f"another process is at work in {self.path}; wait for it, or choose another folder") from error
+            raise RunFolderError(
+                f"another process is at work in {self.path}; wait for it, or choose another folder"
+            ) from error
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -122,9 +126,13 @@ class RunFolder:
         """
         path = self.path / name
         if not path.is_file():
-            raise ArtifactError(f"{path} is in the manifest but missing; restore it, or delete the folder and run again")
+            raise ArtifactError(
+                f"{path} is in the manifest but missing; restore it, or delete the folder and run again"
+            )
         if sha256_of(path) != self._files[name]:
-            raise ArtifactError(f"{path} was altered since it was written; restore it, or delete the folder and run again")
+            raise ArtifactError(
+                f"{path} was altered since it was written; restore it, or delete the folder and run again"
+            )
         return path
 
     def record(self, *names: str) -> None:
@@ -133,7 +141,9 @@ class RunFolder:
             self._files[name] = sha256_of(self.path / name)
         write_json(self.path / "manifest.json", {"files": dict(sorted(self._files.items()))})
 
-    def step(self, name: str, compute: Callable[[], T], save: Callable[[Path, T], None], load: Callable[[Path], T]) -> T:
+    def step(
+        self, name: str, compute: Callable[[], T], save: Callable[[Path, T], None], load: Callable[[Path], T]
+    ) -> T:
         """The content of file ``name``: loaded if it is there, else computed, written and recorded.
 
         What is returned is always read back from the file, so that a run which continues and one which never

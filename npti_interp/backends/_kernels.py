@@ -65,7 +65,8 @@ def use_fast_linear(model: nn.Module) -> int:
     changed = 0
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
-            module.forward = _onednn_forward(module)
+            changeable: Any = module
+            changeable.forward = _onednn_forward(module)
             changed += 1
     return changed
 
@@ -73,7 +74,23 @@ def use_fast_linear(model: nn.Module) -> int:
 def _onednn_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     product: Any = torch.ops.mkldnn._linear_pointwise  # pyright: ignore[reportUnknownMemberType]
 
-    def forward(x: Tensor) -> Tensor:
-        return product(x, module.weight, module.bias, "none", [], "")
+    def forward(input: Tensor) -> Tensor:
+        return product(input, module.weight, module.bias, "none", [], "")
 
     return forward
+
+
+def keep_heap() -> None:
+    """Let glibc keep freed memory for the next tensor instead of handing it back to the system.
+
+    Large tensors come and go at every layer; fetching their pages anew costs up to a fifth of the time on a virtual
+    machine. Process-wide, so the command line calls it, and the library never does. No effect on other systems.
+    """
+    import ctypes
+
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold, limit = -1, -3, 2**30
+    libc.mallopt(m_trim_threshold, limit)
+    libc.mallopt(m_mmap_threshold, limit)

@@ -111,9 +111,7 @@ class LikelihoodJudge:
         for pole in POLES:
             own = self._bench.personas(trait, pole, "judge")
             if len(own) < self._count:
-                raise ValueError(
-                    f"{trait}, {pole}: {self._count} judge personas asked for, the bench has {len(own)}"
-                )
+                raise ValueError(f"{trait}, {pole}: {self._count} judge personas asked for, the bench has {len(own)}")
             step = max(1, len(own) // self._count)
             panel[pole] = [own[(index + j * step) % len(own)] for j in range(self._count)]
         return panel

@@ -133,7 +133,9 @@ def locate(
         raise ValueError(f"threshold must lie in (0, 1] or be 'auto', got {threshold!r}")
     questions = bench.questions(wanted, "search", n_questions)
     if len(questions) < n_blocks:
-        raise ValueError(f"{len(questions)} questions cannot fill {n_blocks} blocks; use more questions or fewer blocks")
+        raise ValueError(
+            f"{len(questions)} questions cannot fill {n_blocks} blocks; use more questions or fewer blocks"
+        )
     found = {
         pole: collect_pole(
             model, bench, wanted, pole, questions, max_new_tokens=max_new_tokens,

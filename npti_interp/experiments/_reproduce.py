@@ -70,17 +70,17 @@ class ReproduceConfig:
     model: str = "smollm2-135m"
     traits: tuple[str, ...] = tuple(t.value for t in TRAITS)
     n_search: int = 48
-    search_tokens: int = 48
+    search_tokens: int = 40
     n_test: int = 40
-    test_tokens: int = 40
+    test_tokens: int = 32
     gamma: float = 1.0
     min_share: float = MIN_SHARE
     random_draws: int = 5
     personas_per_pole: int = 2
-    n_calibration: int = 24
+    n_calibration: int = 16
     dose_trait: str | None = "Neuroticism"
-    dose_gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
-    n_dose: int = 20
+    dose_gammas: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+    n_dose: int = 16
     batch_size: int = 64
     seed: int = 0
 
@@ -204,15 +204,22 @@ class ReproduceResult:
         """
         path = Path(folder)
         if not (path / "scores.parquet").is_file():
-            raise FileNotFoundError(f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one")
+            raise FileNotFoundError(
+                f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one"
+            )
         settings = read_json(path / "config.json")["settings"]
-        config = ReproduceConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        config = ReproduceConfig(**given)
         return _summarise(path, config)
 
     def summary(self) -> str:
         """What came out, in words (Markdown)."""
         c = self.config
-        won = [t for t in dict.fromkeys(v.trait for v in self.verdicts) if all(v.beats_random for v in self.verdicts if v.trait == t)]
+        won = [
+            t
+            for t in dict.fromkeys(v.trait for v in self.verdicts)
+            if all(v.beats_random for v in self.verdicts if v.trait == t)
+        ]
         lines = [
             f"# NPTI on {c.model}",
             "",
@@ -229,13 +236,15 @@ class ReproduceResult:
             f"{c.min_share:.0%} of all FFN neurons in each pole, by counts on the search questions alone.",
             "",
         ]
-        for row in self.thresholds.itertuples(index=False):
-            lines.append(
-                f"- {row.trait}: {row.threshold:.2f} ({row.n_high:,} high, {row.n_low:,} low); at 0.10: "
-                f"{row.n_high_paper:,} high, {row.n_low_paper:,} low. Split halves share {row.jaccard:.2f} of the set "
-                f"(chance {row.jaccard_chance:.3f}); δ correlates {row.rank_correlation:.2f}; "
-                f"{row.significant:,} neurons have q < 0.05."
+        lines += [
+            (
+                f"- {row['trait']}: {row['threshold']:.2f} ({row['n_high']:,} high, {row['n_low']:,} low); at 0.10: "
+                f"{row['n_high_paper']:,} high, {row['n_low_paper']:,} low. Split halves share {row['jaccard']:.2f} of the set "
+                f"(chance {row['jaccard_chance']:.3f}); δ correlates {row['rank_correlation']:.2f}; "
+                f"{row['significant']:,} neurons have q < 0.05."
             )
+            for row in self.thresholds.to_dict("records")
+        ]
         return "\n".join(lines) + "\n"
 
     def _repr_html_(self) -> str:
@@ -324,9 +333,10 @@ def reproduce(
         "bench": bench.digest,
         "fingerprint": model.fingerprint.to_json(),
     }
-    with RunFolder(folder, identity) as run, tqdm(
-        disable=not progress, desc="reproduce", unit="tok", unit_scale=True, smoothing=0.05
-    ) as bar:
+    with (
+        RunFolder(folder, identity) as run,
+        tqdm(disable=not progress, desc="reproduce", unit="tok", unit_scale=True, smoothing=0.05) as bar,
+    ):
         judge = LikelihoodJudge(model, bench, personas_per_pole=config.personas_per_pole)
         work = _Work(config, model, bench, judge, run, bar)
         conditions = 9
@@ -350,7 +360,9 @@ def _timed(work: _Work, cost: float, done: bool, compute: Callable[[], Any]) -> 
     return compute()
 
 
-def _statistics(work: _Work, trait: Trait, pole: Pole, questions: Sequence[Question]) -> tuple[ActivationStatistics, list[str]]:
+def _statistics(
+    work: _Work, trait: Trait, pole: Pole, questions: Sequence[Question]
+) -> tuple[ActivationStatistics, list[str]]:
     c, run = work.config, work.run
     stem = f"{trait}-{pole}"
     statistics, answers = f"statistics/{stem}.safetensors", f"answers/search-{stem}.parquet"
@@ -463,7 +475,10 @@ def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> No
             place = len(interventions)
             interventions += [draw.edit(c.gamma, pole) for draw in draws]
             pairs = [(k, place + k % c.random_draws) for k in range(n)]
-            facts = {**_edit_facts(neurons, c.gamma, pole), "random_seed": [base + k % c.random_draws for k in range(n)]}
+            facts = {
+                **_edit_facts(neurons, c.gamma, pole),
+                "random_seed": [base + k % c.random_draws for k in range(n)],
+            }
             jobs.append(("random", pole, pairs, facts))
             first = len(prompts)
             prompts += persona_prompts(work.bench, trait, pole, questions)
@@ -497,7 +512,9 @@ def _edit_facts(neurons: NeuronSet, gamma: float, pole: Pole) -> dict[str, Any]:
     }
 
 
-def _judge(work: _Work, trait: Trait, questions: Sequence[Question], answers: pd.DataFrame, cost: float) -> pd.DataFrame:
+def _judge(
+    work: _Work, trait: Trait, questions: Sequence[Question], answers: pd.DataFrame, cost: float
+) -> pd.DataFrame:
     work.bar.set_postfix_str(f"{trait}: judging")
     n = len(questions)
     groups = [answers.iloc[start : start + n] for start in range(0, len(answers), n)]
@@ -552,15 +569,18 @@ def _dose(work: _Work, trait: Trait) -> None:
 def _delta_histogram(trait: Trait, high: ActivationStatistics, low: ActivationStatistics) -> pd.DataFrame:
     edges = np.round(np.linspace(-0.4, 0.4, 161), 4)
     delta = high.probability - low.probability
-    half = [
-        (lambda h, l: h[0] / h[1] - l[0] / l[1])(high.blocks(which), low.blocks(which))
-        for which in (range(0, high.n_blocks, 2), range(1, high.n_blocks, 2))
-    ]
+    half: list[Any] = []
+    for first in (0, 1):
+        which = range(first, high.n_blocks, 2)
+        (count_high, n_high), (count_low, n_low) = high.blocks(which), low.blocks(which)
+        half.append(count_high / n_high - count_low / n_low)
     # Half the difference of two halves of the questions has no signal in it: what noise alone looks like.
     noise = (half[0] - half[1]) / 2
     counts, _ = np.histogram(np.clip(delta, -0.4, 0.4), edges)
     null, _ = np.histogram(np.clip(noise, -0.4, 0.4), edges)
-    return pd.DataFrame({"trait": trait.value, "left": edges[:-1], "right": edges[1:], "neurons": counts, "noise": null})
+    return pd.DataFrame(
+        {"trait": trait.value, "left": edges[:-1], "right": edges[1:], "neurons": counts, "noise": null}
+    )
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
@@ -571,7 +591,7 @@ def _interval_columns(name: str, interval: Interval) -> dict[str, float]:
 
 
 def _pick(scores: pd.DataFrame, trait: str, condition: str, pole: Pole | None) -> pd.DataFrame:
-    own = scores[(scores["trait"] == trait) & (scores["condition"] == condition)]
+    own: Any = scores[(scores["trait"] == trait) & (scores["condition"] == condition)]
     return own[own["pole"] == pole.value] if pole else own
 
 
@@ -603,9 +623,7 @@ def _table(scores: pd.DataFrame, config: ReproduceConfig) -> pd.DataFrame:
             both = {p: _pick(scores, trait, condition, None if condition == "none" else p) for p in POLES}
             if both[Pole.HIGH].empty:
                 continue
-            score = bootstrap_mean(
-                pair_scores(both[Pole.HIGH]["rating"], both[Pole.LOW]["rating"]), seed=config.seed
-            )
+            score = bootstrap_mean(pair_scores(both[Pole.HIGH]["rating"], both[Pole.LOW]["rating"]), seed=config.seed)
             nll = bootstrap_mean(
                 (both[Pole.HIGH]["nll"].to_numpy() + both[Pole.LOW]["nll"].to_numpy()) / 2, seed=config.seed
             )
@@ -758,4 +776,3 @@ def write_figures(result: ReproduceResult, folder: Path) -> list[Path]:
     for stem, (figure, data) in drawn.items():
         written += figures.save_figure(figure, folder / stem, data, settings)
     return written
-

@@ -84,7 +84,8 @@ def load_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
     settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     config = type(loaded.config)(**settings)
     config.architectures = [type(loaded).__name__]
-    model = type(loaded)(config).to(loaded.dtype)
+    model: Any = type(loaded)(config)
+    model.to(loaded.dtype)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ class Model:
         return whole
 
     @contextlib.contextmanager
-    def editing(self, intervention: Intervention) -> Iterator[Model]:
+    def editing(self, intervention: Intervention) -> Generator[Model]:
         """Inside the block every generation is edited: by this object, and by ``hf_model.generate`` as well.
 
         Edits of nested blocks and of the ``intervention`` argument come on top, in order. ``hf_model`` is edited on
@@ -411,7 +411,7 @@ def generate_sweep(
 
 
 @contextlib.contextmanager
-def _bar(progress: bool | Progress, total: int, what: str) -> Iterator[Progress | None]:
+def _bar(progress: bool | Progress, total: int, what: str) -> Generator[Progress | None]:
     if not isinstance(progress, bool):
         yield progress
     elif progress:

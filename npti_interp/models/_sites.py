@@ -124,7 +124,11 @@ def find_sites(model: nn.Module) -> FFNSites:
     kind = str(getattr(config, "model_type", type(model).__name__))
     supported = f"supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}"
     experts = next(
-        (n for n in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") if getattr(config, n, 0)),
+        (
+            n
+            for n in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+            if getattr(config, n, 0)
+        ),
         None,
     )
     if experts is not None or "moe" in kind.lower():

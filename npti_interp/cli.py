@@ -1,0 +1,236 @@
+"""The command line ``npti``: thin, over the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from npti_interp.models import Model
+
+app = typer.Typer(
+    name="npti",
+    help=(
+        "Personality neurons in language models.\n\n"
+        "Start with: npti reproduce. It finds the neurons of the Big Five traits in a small chat model that comes "
+        "with the installation, induces the traits with them, compares with controls, and draws the figures. "
+        "No download and no GPU are needed.\n\n"
+        "Then: npti locate finds the neurons of one trait in a model of yours, npti induce lets it answer with them, "
+        "npti inspect tells what a file holds."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", "-m", help="smollm2-135m (comes along), a hub id, a directory, or a .gguf file."),
+]
+DType = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+TraitName = Annotated[
+    str, typer.Argument(help="Agreeableness, Conscientiousness, Extraversion, Neuroticism or Openness (or A C E N O).")
+]
+BenchPath = Annotated[
+    Path | None, typer.Option("--bench", help="A PersonalityBench folder; by default the embedded questions.")
+]
+
+
+def _load(name: str, dtype: str, device: str) -> Model:
+    import torch
+
+    from npti_interp.models import load_model
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(types)}")
+    return load_model(name, dtype=types[dtype], device=device)
+
+
+def _bench(path: Path | None) -> Any:
+    from npti_interp.bench import PersonalityBench
+
+    return PersonalityBench.from_directory(path) if path else PersonalityBench.embedded()
+
+
+@app.command()
+def reproduce(
+    preset: Annotated[
+        str, typer.Option(help="quick (minutes), tiny (a minute, rough numbers), full (a real model on a GPU).")
+    ] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; by default runs/PRESET. Continued if it exists.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the preset's.")] = None,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    bench: BenchPath = None,
+) -> None:
+    """Run the main experiment: locate, induce, compare with controls, draw the figures.
+
+    Stop it whenever you like; called again, it continues where it was.
+    """
+    from dataclasses import replace
+
+    from npti_interp.experiments import PRESETS
+    from npti_interp.experiments import reproduce as run
+
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    config = replace(PRESETS[preset], model=model) if model else PRESETS[preset]
+    folder = out or Path("runs") / preset
+    result = run(config, folder, model=_load(config.model, dtype, device), bench=_bench(bench))
+    typer.echo("\n" + result.summary())
+    typer.echo(f"Everything is in {folder}:")
+    for name, what in (
+        ("summary.md", "this text"),
+        ("table.csv, table.html, table.tex", "scores out of 10 with variance, intervals and fluency"),
+        ("figures/", "scores, neurons per layer, δ, dose–response: PDF, PNG, CSV, JSON"),
+        ("answers.parquet, scores.parquet", "every answer and every number"),
+        ("neurons/, statistics/", "the neurons, and what they were chosen from"),
+        ("manifest.json", "SHA-256 of each file"),
+    ):
+        typer.echo(f"  {name:<34} {what}")
+
+
+@app.command()
+def locate(
+    trait: TraitName,
+    model: ModelName = "smollm2-135m",
+    out: Annotated[Path, typer.Option(help="Where the neurons go (.safetensors).")] = Path("neurons.safetensors"),
+    threshold: Annotated[str, typer.Option(help="For |δ|, in (0, 1], or 'auto'.")] = "0.10",
+    questions: Annotated[int | None, typer.Option(help="Search questions; by default all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 100,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    bench: BenchPath = None,
+) -> None:
+    """Find the neurons that fire more often under one pole of TRAIT than under the other."""
+    from npti_interp.experiments import locate as run
+    from npti_interp.traits import as_trait
+
+    wanted = as_trait(trait)  # before the model is loaded
+    limit: float | str = threshold if threshold == "auto" else _number(threshold, "threshold")
+    found = run(
+        _load(model, dtype, device), _bench(bench), wanted, threshold=limit, n_questions=questions,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    found.neurons.save(out)
+    _describe_neurons(found.neurons)
+    typer.echo(f"written to {out}")
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {text!r}") from None
+
+
+@app.command()
+def induce(
+    neurons: Annotated[Path, typer.Argument(help="A neuron set that `npti locate` or `npti reproduce` wrote.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more questions, each in quotes.")],
+    pole: Annotated[str, typer.Option(help="high or low.")] = "high",
+    gamma: Annotated[float, typer.Option(help="Strength γ; published work uses 0.6 to 1.5.")] = 1.0,
+    model: ModelName = "smollm2-135m",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 100,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Answer each PROMPT with the neurons edited, beside the unedited answer."""
+    from npti_interp.neurons import NeuronSet
+
+    edit = NeuronSet.load(neurons).edit(gamma, pole)
+    loaded = _load(model, dtype, device)
+    plain, edited = loaded.generate_sweep(prompt, [None, edit], max_new_tokens=max_new_tokens)
+    for question, before, after in zip(prompt, plain, edited, strict=True):
+        typer.echo(f"\n{question}\n  unedited: {before}\n  {pole:>8}: {after}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file of neurons or statistics, a run folder, or a bench folder.")],
+) -> None:
+    """Tell what PATH holds."""
+    from npti_interp.activations import ActivationStatistics
+    from npti_interp.errors import ArtifactError
+    from npti_interp.neurons import NeuronSet
+
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}")
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            from npti_interp.experiments import ReproduceResult
+
+            typer.echo(ReproduceResult.load(path).summary())
+        else:
+            bench = _bench(path)
+            typer.echo(f"{bench!r}\n{bench.report}")
+        return
+    try:
+        _describe_neurons(NeuronSet.load(path))
+    except ArtifactError as error:
+        if "ActivationStatistics" not in str(error):
+            raise
+        typer.echo(repr(ActivationStatistics.load(path)))
+
+
+def _describe_neurons(neurons: Any) -> None:
+    typer.echo(f"{neurons!r}\nmodel: {neurons.fingerprint or 'unknown'}")
+    for pole in ("high", "low"):
+        own = neurons.pole(pole)
+        if len(own):
+            top = ", ".join(
+                f"L{a}.{b} (δ {c:+.2f})" for a, b, c in zip(own.layer[:5], own.neuron[:5], own.delta[:5], strict=True)
+            )
+            typer.echo(f"  {pole}: {len(own):,} neurons; strongest: {top}")
+    if (s := neurons.stability) is not None:
+        typer.echo(
+            f"  split halves share {s.jaccard_high:.2f} (high) and {s.jaccard_low:.2f} (low) of the set, by chance "
+            f"{s.jaccard_chance:.3f}; δ correlates {s.rank_correlation:.2f}"
+        )
+
+
+@app.command()
+def figures(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")] = Path("runs/quick"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("figures"),
+) -> None:
+    """Draw the figures of a finished RUN anew; no model is needed."""
+    from npti_interp.experiments import ReproduceResult, write_figures
+
+    for path in write_figures(ReproduceResult.load(run), out):
+        typer.echo(str(path))
+
+
+def main() -> None:
+    """Entry point: errors the user can mend are one line, not a traceback (``$NPTI_DEBUG`` shows it)."""
+    from npti_interp.errors import NptiError
+
+    # Waiting threads that spin take the core from those that work; both libraries read this when they load.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if {"reproduce", "locate", "induce"} & set(sys.argv[1:2]):
+            from npti_interp.backends._kernels import keep_heap
+
+            keep_heap()
+        app()
+    except (NptiError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("NPTI_DEBUG"):
+            raise
+        typer.echo(f"npti: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("\nnpti: stopped; call the same command again to continue where it was", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

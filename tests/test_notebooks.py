@@ -1,0 +1,47 @@
+"""Notebooks are paired with their scripts and run from top to bottom on the embedded model."""
+
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+def test_there_is_something_to_test():
+    assert SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_script_and_notebook_are_the_same(script):
+    source, notebook = jupytext.read(script), jupytext.read(script.with_suffix(".ipynb"))
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_committed_outputs_hold_figures_and_no_errors(script):
+    outputs = [o for c in jupytext.read(script.with_suffix(".ipynb")).cells for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not [o for o in outputs if o["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_it_runs(script):
+    notebook = jupytext.read(script)
+    small = "n_search, n_test, n_tokens = 16, 4, 12"
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source += f"\n{small}" if "n_search" in cell.source else ""
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbclient.NotebookClient(
+        notebook, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(FOLDER)}}
+    ).execute()
+    shown = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in shown)
+    assert any("text/html" in o.get("data", {}) for o in shown)
+
+
+def test_the_quickstart_has_at_most_twelve_code_cells():
+    cells = [c for c in jupytext.read(FOLDER / "00_quickstart.py").cells if c.cell_type == "code"]
+    assert len(cells) <= 12

@@ -1,0 +1,159 @@
+"""The main experiment on the embedded model, in a small size: complete, interrupted, damaged, disputed."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import npti_interp as npti
+from npti_interp.experiments import PRESETS, write_figures
+from npti_interp.experiments import _reproduce as module
+from npti_interp.runs import RunFolder
+
+SMALL = replace(
+    PRESETS["tiny"], traits=("Neuroticism",), n_search=8, search_tokens=8, n_test=4, test_tokens=6, n_dose=3,
+    dose_gammas=(1.0,), random_draws=2,
+)  # fmt: skip
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(smollm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return npti.reproduce(SMALL, folder, model=smollm, progress=False)
+
+
+def test_it_is_all_there(finished):
+    assert len(finished.answers) == 4 * 9
+    assert set(finished.answers["condition"]) == {"none", "npti", "npti_0.10", "random", "persona"}
+    assert finished.scores["rating"].between(1, 5).all()
+    assert {"score_low", "score_high", "variance", "nll", "judge_auc", "unscored"} <= set(finished.table.columns)
+    assert [(v.trait, v.pole) for v in finished.verdicts] == [("Neuroticism", "high"), ("Neuroticism", "low")]
+    for stem in ("scores", "layers", "delta", "dose"):
+        for end in ("pdf", "png", "csv", "json"):
+            assert (finished.folder / "figures" / f"{stem}.{end}").stat().st_size > 50
+    text = (finished.folder / "summary.md").read_text()
+    assert "interval" in text
+    assert "AUC" in text
+
+
+def test_the_manifest_names_every_file_with_its_checksum(finished):
+    manifest = json.loads((finished.folder / "manifest.json").read_text())["files"]
+    found = digests(finished.folder)
+    assert manifest == {k: v for k, v in found.items() if k not in ("manifest.json", "config.json")}
+
+
+def test_every_setting_is_in_the_answers_table(finished):
+    row = pd.read_parquet(finished.folder / "answers.parquet").query("condition == 'random' and pole == 'low'").iloc[0]
+    assert row["gamma"] == 1.0
+    assert row["n_raised"] > 0
+    assert row["fingerprint"] == finished.neurons[npti.Trait.NEUROTICISM].fingerprint.digest
+    assert not pd.isna(row["random_seed"])
+    assert len(row["tokens"]) > 0
+
+
+def test_unedited_answers_are_the_models_own(finished, smollm):
+    import torch
+
+    row = finished.answers.query("condition == 'none'").iloc[0]
+    ids = torch.tensor([smollm.encode(row["question"])])
+    out = smollm.hf_model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=SMALL.test_tokens, do_sample=False
+    )
+    assert out[0, ids.shape[1] :].tolist() == list(row["tokens"])
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_interrupted_it_continues_to_the_same_bytes(finished, smollm, tmp_path, monkeypatch, after):
+    real, count = RunFolder.record, [0]
+
+    def record(self, *names):
+        real(self, *names)
+        count[0] += 1
+        if count[0] == after:
+            raise StopError
+
+    monkeypatch.setattr(RunFolder, "record", record)
+    with pytest.raises(StopError):
+        npti.reproduce(SMALL, tmp_path / "b", model=smollm, progress=False)
+    monkeypatch.undo()
+    left = digests(tmp_path / "b")
+    calls = []
+    real_collect = module.collect_pole
+    monkeypatch.setattr(module, "collect_pole", lambda *a, **k: calls.append(1) or real_collect(*a, **k))
+    npti.reproduce(SMALL, tmp_path / "b", model=smollm, progress=False)
+    assert len(calls) < 2 or after == 1, "what was done is not done again"
+    assert digests(tmp_path / "b") == digests(finished.folder)
+    assert len(left) < len(digests(tmp_path / "b"))
+
+
+def test_a_finished_run_is_read_without_a_model(finished, tmp_path):
+    again = npti.ReproduceResult.load(finished.folder)
+    pd.testing.assert_frame_equal(again.table, finished.table)
+    assert again.summary() == finished.summary()
+    drawn = write_figures(again, tmp_path / "figures")
+    for path in drawn:
+        assert path.read_bytes() == (finished.folder / "figures" / path.name).read_bytes()
+
+
+def test_a_damaged_file_is_named(finished, smollm, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "c")
+    victim = tmp_path / "c" / "neurons" / "Neuroticism.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(npti.ArtifactError, match=r"Neuroticism\.safetensors was altered"):
+        npti.reproduce(SMALL, tmp_path / "c", model=smollm, progress=False)
+    victim.unlink()
+    with pytest.raises(npti.ArtifactError, match="missing"):
+        npti.reproduce(SMALL, tmp_path / "c", model=smollm, progress=False)
+
+
+def test_other_settings_other_files_and_other_processes_are_refused(finished, smollm, tmp_path):
+    with pytest.raises(npti.RunFolderError, match="gamma"):
+        npti.reproduce(replace(SMALL, gamma=2.0), finished.folder, model=smollm, progress=False)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.tex").write_text("precious")
+    with pytest.raises(npti.RunFolderError, match="holds other files"):
+        npti.reproduce(SMALL, tmp_path / "d", model=smollm, progress=False)
+    with RunFolder(tmp_path / "e", {"a": 1}), pytest.raises(npti.RunFolderError, match="another process"):
+        RunFolder(tmp_path / "e", {"a": 1}).__enter__()
+    with RunFolder(tmp_path / "e", {"a": 1}):
+        pass  # the lock was given back
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"traits": ("Honesty",)}, "unknown trait"),
+        ({"traits": ()}, "no traits"),
+        ({"gamma": float("nan")}, "finite"),
+        ({"n_test": 0}, "n_test"),
+        ({"n_calibration": 4}, "n_calibration"),
+        ({"dose_trait": "Openness"}, "dose_trait"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **settings)
+
+
+def test_too_many_questions_are_refused_before_any_work(smollm, tmp_path):
+    with pytest.raises(ValueError, match="5000"):
+        npti.reproduce(replace(SMALL, n_test=5000), tmp_path / "f", model=smollm, progress=False)
+    assert not (tmp_path / "f").exists()
+    with pytest.raises(ValueError, match="unknown preset"):
+        npti.reproduce("huge", tmp_path / "f")
