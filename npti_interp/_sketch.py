@@ -93,7 +93,7 @@ def _place(codes: Any, n: int) -> Any:
     noise = 3.0 * math.sqrt(rank)
     upper = codes[last - min(last, max(0, int(rank - noise)))]
     if rank + noise > last:  # the percentile may turn out as small as positive values get
-        return upper + 20 - BINS
+        return upper + 60 - BINS
     return _start(upper, codes[last - int(rank)], codes[last - int(rank + noise)], BINS)
 
 

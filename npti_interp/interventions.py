@@ -43,7 +43,7 @@ def npti_weight(delta: npt.ArrayLike) -> Array:
     return 1.0 / (1.0 + np.exp(-10.0 * (np.abs(np.asarray(delta, dtype=np.float64)) - 0.15)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerEdit:
     """One layer's edit ``v -> min(v, bound) + add``, on all of its neurons.
 
@@ -101,7 +101,7 @@ class Intervention(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NeuronEdit:
     """Personality induction: raise one pole's neurons, clamp the other's (METHOD.md section 2).
 
@@ -196,7 +196,7 @@ class NeuronEdit:
         return model.editing(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """Several interventions at once, done in order.
 

@@ -14,9 +14,14 @@ _STAY = "Answer in the first person, as this person."
 
 
 def persona_prompt(persona: Persona, question: Question | str) -> Prompt:
-    """The persona as system message, the question as user message."""
+    """Persona and question in one user message; the template's own system prompt stays.
+
+    A persona in the system message is followed less: on the embedded model it separates the poles with a judge's AUC
+    of 0.60 to 0.68 where this form reaches 0.71 to 0.81. It also serves templates without system messages (Gemma) and
+    models without a template.
+    """
     text = question if isinstance(question, str) else question.text
-    return [{"role": "system", "content": f"{persona.text} {_STAY}"}, {"role": "user", "content": text}]
+    return f"{persona.text} {text} {_STAY}"
 
 
 def persona_prompts(

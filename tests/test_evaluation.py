@@ -114,7 +114,7 @@ def test_judge_personas_never_elicit_answers(judge):
         prompts = [
             persona_prompts(bench, trait, pole, bench.questions(trait, "search", 24)) for pole in ("high", "low")
         ]
-        eliciting = " ".join(m["content"] for pole in prompts for prompt in pole for m in prompt)
+        eliciting = " ".join(prompt for pole in prompts for prompt in pole)
         assert len(judging) == 12, "all of them take part"
         assert not any(text in eliciting for text in judging)
 

@@ -18,6 +18,7 @@ from helpers import (
     Pair,
     Recorder,
     Tiny,
+    changed,
     decode,
     hf_model,
     hf_tokens,
@@ -241,23 +242,28 @@ def test_fault_03_random_mask_is_seeded_and_off_by_default(llama: Tiny) -> None:
     assert [tokens_of(b) for b in both] == [masked, run(drop=0.3, seed=2)]
 
 
-def test_random_mask_leaves_out_its_share_of_additions_and_no_clamp(llama: Tiny) -> None:
-    edit = llama.pair(seed=5).edit("high", drop=0.25, seed=3)
+def test_random_mask_is_drawn_anew_for_each_step_and_layer_alike_for_every_row(llama: Tiny) -> None:
+    pair = llama.pair(seed=5)
+    edit = pair.edit("high", drop=0.25, seed=3)
     amount, clamp = edit.dense(3, llama.d_mlp)
-    recorder = Recorder(llama.model.fingerprint, 2)
-    rows = [Row(p, 0, k % 2) for k, p in enumerate(llama.prompts)]
-    free = decode(llama.plain, llama.prompts[5], 1)
-    assert free.tokens
-    llama.model.backend.generate(rows, [edit], Decoding(N_NEW), collector=recorder)
-    # Layer 0 is not reached by any other edit, so its raised neurons show the mask: high where added.
-    values = torch.cat([recorder.of(b)[0] for b in range(2)])
-    up = amount[0] > 0.5
-    added = values[:, up] > amount[0, up] - 0.28
-    assert 0.1 < 1 - added.float().mean() < 0.4
-    assert added.float().mean(0).min() < 1, "every neuron is left out at times"
-    for layer in range(3):
-        if clamp[layer].any():
-            assert torch.cat([recorder.of(b)[layer] for b in range(2)])[:, clamp[layer]].max() <= 0
+    recorder = Recorder(llama.model.fingerprint, len(llama.prompts))
+    rows = [Row(p, 0, block) for block, p in enumerate(llama.prompts)]
+    made = llama.model.backend.generate(rows, [edit], Decoding(N_NEW), collector=recorder)
+    masks: dict[int, torch.Tensor] = {}
+    for block, (prompt, answer) in enumerate(zip(llama.prompts, made, strict=True)):
+        with changed(llama.plain, None, 0) as free:  # no edit reaches layer 0 but its own
+            llama.plain(torch.tensor([[*prompt, *answer[:-1]]]))
+        up = amount[0] != 0
+        share = (recorder.of(block)[0] - free[0][len(prompt) :])[:, up] / amount[0, up]
+        assert ((share.abs() < 1e-2) | ((share - 1).abs() < 1e-2)).all(), "wholly added or not at all"
+        for step, mask in enumerate(share > 0.5):
+            assert torch.equal(masks.setdefault(step, mask), mask), "the same mask for every row of a step"
+    mask = torch.stack(list(masks.values())).float()
+    assert len(mask) == N_NEW - 1
+    assert 0.15 < 1 - mask.mean() < 0.35
+    assert (mask.std(0) > 0).float().mean() > 0.6, "a neuron is left out at one step and not at another"
+    for layer in (1, 2):
+        assert all(values[layer][:, clamp[layer]].max() <= 0 for values in map(recorder.of, range(6)) if len(values[0]))
 
 
 def test_fault_04_short_prompts_and_large_decode_batches(llama: Tiny) -> None:

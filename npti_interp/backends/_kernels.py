@@ -72,7 +72,7 @@ def use_fast_linear(model: nn.Module) -> int:
 
 
 def _onednn_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    product: Any = torch.ops.mkldnn._linear_pointwise  # pyright: ignore[reportUnknownMemberType]
+    product: Any = torch.ops.mkldnn._linear_pointwise.default  # pyright: ignore[reportUnknownMemberType]
 
     def forward(input: Tensor) -> Tensor:
         return product(input, module.weight, module.bias, "none", [], "")

@@ -53,13 +53,14 @@ class TransformerLensBackend(LocalEngine):
     def bridge(self) -> Any:
         """The `TransformerBridge`, booted on its own twin on first use (5 s, mostly importing)."""
         import transformers
-        from transformer_lens.model_bridge import TransformerBridge
 
-        verbosity = transformers.logging.get_verbosity()
-        twin = self._unbooted
+        twin = sharing_twin(self._unbooted)
         if not getattr(twin.config, "architectures", None):
             twin.config.architectures = [type(self._hf_model).__name__]
+        verbosity = transformers.logging.get_verbosity()  # importing TransformerLens silences the library
         try:
+            from transformer_lens.model_bridge import TransformerBridge
+
             parameter = next(self._hf_model.parameters())
             return TransformerBridge.boot_transformers(
                 str(getattr(self._hf_model.config, "_name_or_path", "") or type(self._hf_model).__name__),
@@ -69,4 +70,4 @@ class TransformerLensBackend(LocalEngine):
                 dtype=parameter.dtype,
             )
         finally:
-            transformers.logging.set_verbosity(verbosity)  # importing TransformerLens silences the library
+            transformers.logging.set_verbosity(verbosity)
