@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -366,7 +367,8 @@ class NeuronSet:
             seed: of that mask.
 
         Raises:
-            ValueError: γ not finite; unknown weight; a layer outside the model; a95 unknown (NaN) for some neuron.
+            ValueError: γ not finite; unknown weight; a layer outside the model; a95 unknown (NaN) for more than 1 % of
+                the neurons to raise. Fewer are left alone, with a warning.
             FingerprintMismatchError: the set is bound to no model (published files); see `bound_to`.
         """
         wanted = as_pole(pole)
@@ -389,8 +391,13 @@ class NeuronSet:
         up = np.sign(chosen.delta) == wanted.sign
         chosen = chosen._where((up & raise_wanted) | (~up & clamp_opposite))
         up = np.sign(chosen.delta) == wanted.sign
-        if (lost := int(np.isnan(chosen.p95[up]).sum())) > 0:
-            raise ValueError(f"a95 of {lost} neurons is unknown (the sketch lost it); collect on more tokens")
+        unknown = up & np.isnan(chosen.p95)
+        if (lost := int(unknown.sum())) > 0:
+            told = f"a95 of {lost} of {int(up.sum())} neurons to raise is unknown (the sketch lost it)"
+            if lost > 0.01 * up.sum():
+                raise ValueError(f"{told}; collect on more tokens")
+            warnings.warn(f"{told}: they are left alone", stacklevel=2)
+            chosen, up = chosen._where(~unknown), up[~unknown]
         strength = npti_weight(chosen.delta) if weight == "npti" else np.ones(len(chosen))
         return NeuronEdit(
             layer=chosen.layer,

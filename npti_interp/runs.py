@@ -65,6 +65,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         try:
+            for left in self.path.rglob(".*"):  # half-written files of a killed run; the lock says nobody writes them
+                if left.is_file() and left.name != ".lock":
+                    left.unlink()
             self._check_config()
             manifest = self.path / "manifest.json"
             if manifest.is_file():

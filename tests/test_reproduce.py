@@ -1,8 +1,12 @@
 """The main experiment on the embedded model, in a small size: complete, interrupted, damaged, disputed."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +104,30 @@ def test_interrupted_it_continues_to_the_same_bytes(finished, smollm, tmp_path, 
     assert len(calls) < 2 or after == 1, "what was done is not done again"
     assert digests(tmp_path / "b") == digests(finished.folder)
     assert len(left) < len(digests(tmp_path / "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [6.0, 11.0])
+def test_killed_it_continues_to_the_same_bytes(finished, smollm, tmp_path, seconds):
+    """SIGKILL at some moment, from outside."""
+    script = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from tests_settings import SMALL\n"
+        "import npti_interp as npti\n"
+        f"npti.reproduce(SMALL, {str(tmp_path / 'k')!r}, progress=False)\n"
+    )
+    (tmp_path / "tests_settings.py").write_text(
+        f"from npti_interp.experiments import ReproduceConfig\nSMALL = {SMALL!r}\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (tmp_path / "k").is_dir():
+        (tmp_path / "k" / ".half-written").write_text("as a kill leaves it")
+    npti.reproduce(SMALL, tmp_path / "k", model=smollm, progress=False)
+    assert digests(tmp_path / "k") == digests(finished.folder)
 
 
 def test_a_finished_run_is_read_without_a_model(finished, tmp_path):

@@ -116,7 +116,8 @@ def embedded_checkpoint(name: str) -> Path:
         tokenizer.save_pretrained(scratch)
         os.replace(scratch, folder)
     except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
         if not folder.is_dir():  # else: another process made it meanwhile
             raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
