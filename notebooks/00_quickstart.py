@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Personality neurons in ten cells
+# # Personality neurons, from the start
 #
 # Which neurons of a chat model fire more often while it answers as a neurotic person than as a stable one? Edit just
 # those while it generates, and it takes on the trait: no training, no prompt. This notebook does it with a small model
@@ -34,7 +34,7 @@ bench
 # %% [markdown]
 # **Locate.** The model answers search questions as one pole of the trait and as the other; a neuron's δ is the
 # difference of the two fractions of generated tokens on which it is active. `threshold="auto"` takes the largest of
-# 0.10, 0.09 … at which each pole has 2 % of the neurons: the published 0.10 leaves a small model few.
+# 0.10, 0.09 … at which each pole has 4 % of the neurons: the published 0.10 leaves a small model few.
 
 # %%
 found = npti.locate(model, bench, trait, n_questions=n_search, max_new_tokens=n_tokens, threshold="auto")
@@ -50,8 +50,8 @@ found.high
 # %%
 control = found.neurons.random_matched(seed=0)
 conditions = {"no edit": None}
-conditions |= {f"NPTI {pole}": found.neurons.edit(gamma=1.0, pole=pole) for pole in ("high", "low")}
-conditions |= {f"random {pole}": control.edit(gamma=1.0, pole=pole) for pole in ("high", "low")}
+conditions |= {f"NPTI {pole}": found.neurons.edit(gamma=1.4, pole=pole) for pole in ("high", "low")}
+conditions |= {f"random {pole}": control.edit(gamma=1.4, pole=pole) for pole in ("high", "low")}
 
 questions = bench.questions(trait, "test", n_test)
 sweep = npti.generate_sweep(model, [q.text for q in questions], list(conditions.values()), max_new_tokens=n_tokens)

@@ -5,7 +5,7 @@ a sketch that gives the 95th percentile to 1 % (METHOD.md section 1). Counted ar
 never prompt, padding, or anything after a row's end.
 
 Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
-the moments, 247 for the sketch. (The published code's 302 float32 bins are 1,208, saturate at 2²⁴ and end at 3.0.)
+the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are 1,208, saturate at 2²⁴ and end at 3.0.)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ActivationStatistics:
     """Counts, moments and sketch of every neuron's value. Made by `collect_activations` or `locate`.
 
     Attributes:
-        active_count: ``int64 [block, layer, neuron]``, tokens on which the value was above 0.
+        active_count: ``int32 [block, layer, neuron]`` (int64 where a merge has outgrown that), tokens on which the value was above 0.
         n_tokens: ``int64 [block]``, tokens counted.
         mean: ``float64 [layer, neuron]``.
         m2: ``float64 [layer, neuron]``, summed squared deviations from the mean.
@@ -53,7 +53,7 @@ class ActivationStatistics:
 
     def __init__(
         self,
-        active_count: npt.NDArray[np.int64],
+        active_count: npt.NDArray[np.int32] | npt.NDArray[np.int64],
         n_tokens: npt.NDArray[np.int64],
         mean: npt.NDArray[np.float64],
         m2: npt.NDArray[np.float64],
@@ -68,7 +68,7 @@ class ActivationStatistics:
         self._sketch = sketch
         self.fingerprint = fingerprint
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self._p95: npt.NDArray[np.float64] | None = None
+        self._p95: npt.NDArray[np.float32] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,8 +96,8 @@ class ActivationStatistics:
         return self.m2 / max(1, self.total_tokens)
 
     @property
-    def p95(self) -> npt.NDArray[np.float64]:
-        """95th percentile of each neuron's value, ``float64 [layer, neuron]``.
+    def p95(self) -> npt.NDArray[np.float32]:
+        """95th percentile of each neuron's value, ``float32 [layer, neuron]``.
 
         All counted tokens enter, those where the value is not positive included (as 0: it is the percentile of
         ``max(0, value)``). Within 1 % where it is positive, 0 where it is not; NaN for the rare neuron whose percentile
@@ -105,7 +105,7 @@ class ActivationStatistics:
         """
         if self._p95 is None:
             positive = self.active_count.sum(axis=0).reshape(-1)
-            self._p95 = self._sketch.quantile(0.95, self.total_tokens, positive).reshape(self.shape)
+            self._p95 = self._sketch.quantile(0.95, self.total_tokens, positive).reshape(self.shape).astype(np.float32)
         return self._p95
 
     def blocks(self, which: Sequence[int]) -> tuple[npt.NDArray[np.int64], int]:
@@ -140,9 +140,11 @@ class ActivationStatistics:
         n, m = self.total_tokens, other.total_tokens
         total = n + m
         step = other.mean - self.mean
-        shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
+        shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k != "n_prompts"}
+        if "n_prompts" in self.metadata and "n_prompts" in other.metadata:
+            shared["n_prompts"] = self.metadata["n_prompts"] + other.metadata["n_prompts"]
         return ActivationStatistics(
-            self.active_count + other.active_count,
+            _narrow(self.active_count.astype(np.int64) + other.active_count),
             self.n_tokens + other.n_tokens,
             self.mean + step * (m / max(1, total)),
             self.m2 + other.m2 + step**2 * (n * m / max(1, total)),
@@ -158,7 +160,7 @@ class ActivationStatistics:
             _KIND,
             _VERSION,
             {
-                "active_count": _narrow(self.active_count),
+                "active_count": self.active_count,
                 "n_tokens": self.n_tokens,
                 "mean": self.mean,
                 "m2": self.m2,
@@ -189,7 +191,7 @@ class ActivationStatistics:
             fingerprint = ModelFingerprint.from_json(metadata.pop("fingerprint"))
             sketch = QuantileSketch(*(arrays[f"sketch_{n}"].copy() for n in ("bins", "base", "width", "over")))
             loaded = cls(
-                arrays["active_count"].astype(np.int64),
+                arrays["active_count"],
                 arrays["n_tokens"],
                 arrays["mean"],
                 arrays["m2"],
@@ -294,7 +296,7 @@ class ActivationCollector:
                 "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
             )
         return ActivationStatistics(
-            np.ascontiguousarray(self._counts.transpose(1, 0, 2)).astype(np.int64),
+            np.ascontiguousarray(self._counts.transpose(1, 0, 2)),
             self._tokens.copy(),
             self._mean.copy(),
             self._m2.copy(),

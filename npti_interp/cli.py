@@ -49,6 +49,10 @@ def _load(name: str, dtype: str, device: str) -> Model:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in types:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(types)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises differs from device to device
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
     return load_model(name, dtype=types[dtype], device=device)
 
 
@@ -84,7 +88,11 @@ def reproduce(
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     config = replace(PRESETS[preset], model=model) if model else PRESETS[preset]
     folder = out or Path("runs") / preset
-    result = run(config, folder, model=_load(config.model, dtype, device), bench=_bench(bench))
+    try:
+        result = run(config, folder, model=_load(config.model, dtype, device), bench=_bench(bench))
+    except KeyboardInterrupt:
+        typer.echo(f"\nnpti: stopped; the same command goes on from what is in {folder}", err=True)
+        raise typer.Exit(130) from None
     typer.echo("\n" + result.summary())
     typer.echo(f"Everything is in {folder}:")
     for name, what in (
@@ -222,14 +230,11 @@ def main() -> None:
 
             keep_heap()
         app()
-    except (NptiError, ValueError, FileNotFoundError) as error:
+    except (NptiError, ValueError, OSError) as error:
         if os.environ.get("NPTI_DEBUG"):
             raise
         typer.echo(f"npti: {error}", err=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("\nnpti: stopped; call the same command again to continue where it was", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -196,12 +196,11 @@ def plot_dose(dose: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for pole, colour, marker in ((Pole.HIGH, _HIGH, "^"), (Pole.LOW, _LOW, "v")):
             chosen: Any = dose[dose["pole"] == pole.value]
             own = chosen.sort_values("gamma")
-            for ax, name in ((left, "rating"), (middle, "nll")):
+            for ax, name in ((left, "rating"), (middle, "nll"), (right, "repetition")):
                 ax.errorbar(
                     own["gamma"], own[name], yerr=_error(own, name), color=colour, marker=marker, ms=3.5, lw=1,
                     capsize=1.8, label=f"{pole.value} pole induced",
                 )  # fmt: skip
-            right.plot(own["gamma"], own["repetition"], color=colour, marker=marker, ms=3.5, lw=1)
         left.set_ylabel(f"{trait} rating (1–5)")
         left.set_ylim(1, 5)
         middle.set_ylabel("NLL per token (nats)")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from npti_interp.activations import ActivationCollector
+from npti_interp.errors import NonFiniteActivationError
 from npti_interp.interventions import Intervention, LayerEdit
 from npti_interp.models._sites import FFNSites
 
@@ -574,6 +575,11 @@ class _Chooser:
 
     def choose(self, logits: Float[Tensor, "row vocab"], alive: Any, out: Sequence[Sequence[int]]) -> list[int]:
         d = self._decoding
+        if not torch.isfinite(logits.amax(dim=-1)).all():
+            raise NonFiniteActivationError(
+                "NaN or infinite logits while generating: an edit with too large a γ, half precision overflowing, or "
+                "damaged weights do this; `collect_activations` names the layer"
+            )
         if d.repetition_penalty != 1.0:
             logits = logits.clone()
             for k, r in enumerate(alive):

@@ -163,6 +163,8 @@ class NeuronEdit:
             bound[index[torch.from_numpy(self.clamp[here])]] = 0.0
             add = torch.zeros(d_mlp)
             add[index] = torch.from_numpy(self.amount[here]).float()
+            if not torch.isfinite(add).all():
+                raise ValueError(f"layer {layer}: an amount to add is beyond float32; check γ")
             edits[layer] = LayerEdit(bound, add, self.drop, self.seed)
         return edits
 

@@ -65,7 +65,8 @@ class Stability:
         jaccard_low: the same of the low pole.
         jaccard_chance: what two random sets of these sizes would share, the poles averaged.
         rank_correlation: Spearman correlation of the halves' δ over all neurons.
-        rank_correlation_selected: the same over the selected neurons.
+        rank_correlation_selected: the same over the selected neurons. They were selected on both halves, so even noise
+            correlates here: compare with the random control, not with 0.
     """
 
     jaccard_high: float
@@ -151,6 +152,16 @@ def _masks(delta: Floats, rule: Mapping[str, Any]) -> dict[Pole, npt.NDArray[np.
     return masks
 
 
+def _require_poles(high: ActivationStatistics, low: ActivationStatistics) -> None:
+    for pole, stats in ((Pole.HIGH, high), (Pole.LOW, low)):
+        if stats.metadata.get("pole") not in (None, pole.value):
+            raise ValueError(f"statistics of the {stats.metadata['pole']} pole were given as those of the {pole} pole")
+    for key in ("trait", "bench", "decoding"):
+        mine, theirs = high.metadata.get(key), low.metadata.get(key)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise ValueError(f"the two poles' statistics differ in {key}: {mine!r} and {theirs!r}")
+
+
 def select_neurons(
     high: ActivationStatistics,
     low: ActivationStatistics,
@@ -189,6 +200,7 @@ def select_neurons(
         raise ValueError(f"k (at least 1) goes with rule 'top_k', and only with it; got k={k} and rule {rule!r}")
     if floor is not None and (floor < 1 or rule == "top_k"):
         raise ValueError(f"floor (at least 1) goes with rules 'npti' and 'random_matched'; got {floor} and {rule!r}")
+    _require_poles(high, low)
     estimate = estimate_delta(high, low)
     described: dict[str, Any] = {"name": rule, "threshold": float(threshold), "floor": floor, "k": k}
     masks = _masks(estimate.delta, described)
@@ -204,7 +216,7 @@ def select_neurons(
     stability = Stability(
         jaccard_high=_jaccard(half_a[Pole.HIGH], half_b[Pole.HIGH]),
         jaccard_low=_jaccard(half_a[Pole.LOW], half_b[Pole.LOW]),
-        jaccard_chance=float(np.mean(chance)),
+        jaccard_chance=float(np.nanmean(chance)) if np.isfinite(chance).any() else math.nan,
         rank_correlation=_spearman(a.reshape(-1), b.reshape(-1)),
         rank_correlation_selected=_spearman(a[either], b[either]),
     )
@@ -488,7 +500,13 @@ class NeuronSet:
             raise ArtifactError(f"{high_path}, {low_path}: {error}") from error
 
     def to_npti_json(self, high_path: str | Path, low_path: str | Path) -> None:
-        """Write the published layout, one file a pole; rows and layers in the order they have here."""
+        """Write the published layout, one file a pole; rows and layers in the order they have here.
+
+        Raises:
+            ValueError: an a95 is unknown (NaN), which JSON cannot hold.
+        """
+        if not np.isfinite(self.p95).all():
+            raise ValueError(f"a95 of {int((~np.isfinite(self.p95)).sum())} neurons is unknown; JSON cannot hold that")
         for pole, path in ((Pole.HIGH, Path(high_path)), (Pole.LOW, Path(low_path))):
             own = self.pole(pole)
             content: dict[str, list[list[float]]] = {}

@@ -8,7 +8,7 @@ from npti_interp.bench import Persona, PersonalityBench, Question
 from npti_interp.models import Prompt
 from npti_interp.traits import Pole, Trait, as_pole, as_trait
 
-__all__ = ["persona_prompt", "persona_prompts"]
+__all__ = ["eliciting_personas", "persona_prompt", "persona_prompts"]
 
 _STAY = "Answer in the first person, as this person."
 
@@ -35,8 +35,18 @@ def persona_prompts(
     Raises:
         ValueError: the bench has no eliciting persona for this pole.
     """
+    personas = eliciting_personas(bench, trait, pole, len(questions))
+    return [persona_prompt(persona, question) for persona, question in zip(personas, questions, strict=True)]
+
+
+def eliciting_personas(bench: PersonalityBench, trait: Trait | str, pole: Pole | str, n: int) -> list[Persona]:
+    """The personas that answer ``n`` questions, in `persona_prompts`' order.
+
+    Raises:
+        ValueError: the bench has no eliciting persona for this pole.
+    """
     wanted, end = as_trait(trait), as_pole(pole)
     own = bench.personas(wanted, end, "elicit")
     if not own:
         raise ValueError(f"the bench {bench.name!r} has no eliciting persona for {wanted}, {end}")
-    return [persona_prompt(own[i % len(own)], question) for i, question in enumerate(questions)]
+    return [own[i % len(own)] for i in range(n)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,10 @@ import pandas as pd
 from npti_interp._files import read_json, sha256_of, write_atomic, write_json
 from npti_interp.errors import ArtifactError, RunFolderError
 
-__all__ = ["RunFolder", "read_table", "write_table"]
+__all__ = ["RunFolder", "read_table", "verify_folder", "write_table"]
 
 T = TypeVar("T")
+_SCRATCH = re.compile(r"\.[\w.\-]+-[a-z0-9_]{8}\.[a-z]+")  # the temporary names of `write_atomic`
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -41,6 +43,40 @@ def read_table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (pa.ArrowInvalid, pa.ArrowIOError, ValueError) as error:
         raise ArtifactError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def verify_folder(folder: Path) -> dict[str, str]:
+    """Compare every file of a run folder with its manifest.
+
+    Returns:
+        the checksums by name.
+
+    Raises:
+        ArtifactError: no manifest, or a file is missing or altered; the message names it.
+    """
+    manifest: Any = read_json(folder / "manifest.json")
+    files: Any = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{folder / 'manifest.json'} is not a manifest")
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path} is in the manifest but missing; restore it, or delete the folder and run again"
+            )
+        if sha256_of(path) != digest:
+            raise ArtifactError(
+                f"{path} was altered since it was written; restore it, or delete the folder and run again"
+            )
+    return files
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    """One level of nesting opened, so that a difference is named by its own key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
 
 
 class RunFolder:
@@ -65,15 +101,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         try:
-            for left in self.path.rglob(".*"):  # half-written files of a killed run; the lock says nobody writes them
-                if left.is_file() and left.name != ".lock":
-                    left.unlink()
             self._check_config()
-            manifest = self.path / "manifest.json"
-            if manifest.is_file():
-                self._files = dict(read_json(manifest).get("files", {}))
-                for name in self._files:
-                    self.verify(name)
+            self._sweep()
+            if (self.path / "manifest.json").is_file():
+                self._files = verify_folder(self.path)
+            if not self.done("config.json"):
+                self.record("config.json")
         except BaseException:
             self._release()
             raise
@@ -105,38 +138,27 @@ class RunFolder:
     def _check_config(self) -> None:
         file = self.path / "config.json"
         if not file.is_file():
-            if any(p.name != ".lock" for p in self.path.iterdir()):
+            if any(p.name != ".lock" and not _SCRATCH.fullmatch(p.name) for p in self.path.iterdir()):
                 raise RunFolderError(f"{self.path} holds other files and no config.json; choose an empty or new folder")
             write_json(file, self._config)
             return
-        found = read_json(file)
-        if found != self._config:
-            names = sorted(k for k in {*found, *self._config} if found.get(k) != self._config.get(k))
-            shown = "; ".join(f"{k}: {found.get(k)!r} there, {self._config.get(k)!r} now" for k in names[:4])
+        there, now = _flat(read_json(file)), _flat(self._config)
+        if names := sorted(k for k in {*there, *now} if there.get(k) != now.get(k)):
+            shown = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in names[:4])
             raise RunFolderError(
                 f"{self.path} was made with other settings ({shown}); choose another folder, or delete this one"
             )
 
+    def _sweep(self) -> None:
+        """Remove what a killed run left half-written; the lock says that nobody is writing it."""
+        for folder in (self.path, *(p for p in self.path.iterdir() if p.is_dir())):
+            for left in folder.iterdir():
+                if left.is_file() and _SCRATCH.fullmatch(left.name):
+                    left.unlink()
+
     def done(self, name: str) -> bool:
         """Whether ``name`` is finished."""
         return name in self._files
-
-    def verify(self, name: str) -> Path:
-        """The path of a finished file, after comparing its checksum.
-
-        Raises:
-            ArtifactError: missing or altered.
-        """
-        path = self.path / name
-        if not path.is_file():
-            raise ArtifactError(
-                f"{path} is in the manifest but missing; restore it, or delete the folder and run again"
-            )
-        if sha256_of(path) != self._files[name]:
-            raise ArtifactError(
-                f"{path} was altered since it was written; restore it, or delete the folder and run again"
-            )
-        return path
 
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""

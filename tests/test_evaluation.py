@@ -134,10 +134,14 @@ def test_calibration_learns_the_direction_and_reports_its_auc(judge, questions):
     low = [f"I am at ease, {k} times a day, and I am sure that all will be well." for k in range(8)]
     right = other.calibrate("N", search, high, low)
     assert right.slope > 0
-    assert right.auc > 0.8
+    assert right.auc > 0.7
+    assert right.auc_low <= right.auc <= right.auc_high
     assert (right.n_fit, right.n_held_out) == (8, 8)
     wrong = other.calibrate("N", search, low, high)
-    assert wrong.auc == pytest.approx(1 - right.auc)
+    assert wrong.slope < 0, "the curve follows the labels"
+    assert wrong.auc == pytest.approx(right.auc), "and its AUC is of ratings, not of raw scores"
+    assert "BACKWARDS" in str(wrong)
+    assert "BACKWARDS" not in str(right)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ def test_statistics_that_do_not_belong_together_are_refused(pair):
         npti.select_neurons(high, elsewhere)
     with pytest.raises(ValueError, match="site"):
         high.merge(elsewhere)
+    with pytest.raises(ValueError, match="of the low pole were given as those of the high pole"):
+        npti.select_neurons(low, high)
+    openness = statistics(np.full((LAYERS, NEURONS), 0.4), rng)
+    openness.metadata["trait"] = "Openness"
+    with pytest.raises(ValueError, match="differ in trait"):
+        npti.select_neurons(high, openness)
     low.n_tokens[2] = 0
     with pytest.raises(ValueError, match=r"blocks \[2\] of the low pole"):
         npti.select_neurons(high, low)

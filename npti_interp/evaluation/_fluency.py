@@ -20,6 +20,8 @@ def distinct_n(text: str, n: int = 2) -> float:
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of n-grams of words that occurred before in the same answer; 0 for a text of fewer than n words."""
+    """Share of n-grams of words that occurred before in the same answer; 0 for a text of fewer than n words, NaN for none."""
     grams = _ngrams(text, n)
+    if not text.strip():
+        return math.nan
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

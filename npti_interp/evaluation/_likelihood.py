@@ -36,6 +36,7 @@ from npti_interp.traits import POLES, Pole, Trait, as_trait
 __all__ = ["Calibration", "LikelihoodJudge", "area_under_curve"]
 
 Floats = npt.NDArray[np.float64]
+_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Calibration:
         auc: area under the ROC curve on persona-prompted answers held out from the fit: 0.5 is chance, 1 perfect.
         n_fit: answers in the fit.
         n_held_out: answers behind the AUC.
+        auc_low: lower end of the AUC's 95 % interval, by bootstrap over the held-out questions.
+        auc_high: its upper end.
     """
 
     slope: float
@@ -55,6 +58,12 @@ class Calibration:
     auc: float
     n_fit: int
     n_held_out: int
+    auc_low: float = math.nan
+    auc_high: float = math.nan
+
+    def __str__(self) -> str:
+        backwards = "" if self.slope > 0 else "; it reads this trait BACKWARDS"
+        return f"AUC {self.auc:.2f} [{self.auc_low:.2f}, {self.auc_high:.2f}] on {self.n_held_out} held-out answers{backwards}"
 
     def rating(self, raw: npt.ArrayLike) -> Floats:
         """Ratings 1–5 of raw scores; NaN stays NaN."""
@@ -83,6 +92,12 @@ def _fit_logistic(high: Floats, low: Floats) -> tuple[float, float]:
 
     found = _optimize.minimize(loss, np.zeros(2), method="BFGS").x
     return float(found[0] / scale), float(found[1] - found[0] * centre / scale)
+
+
+def _reason(answer: str, lost: bool) -> str | None:
+    if not lost:
+        return None
+    return "likelihood is not finite" if answer.strip() else "empty answer"
 
 
 class LikelihoodJudge:
@@ -162,7 +177,7 @@ class LikelihoodJudge:
     ) -> Calibration:
         """Fit the rating curve on persona-prompted answers of known pole.
 
-        Even-numbered questions fit the curve, odd-numbered ones give the AUC.
+        Half of the questions fit the curve, the others give the AUC of the ratings; both halves hold every facet.
 
         Args:
             trait: the trait.
@@ -175,19 +190,27 @@ class LikelihoodJudge:
             the calibration, which `score` uses from now on.
 
         Raises:
-            ValueError: too few questions, or unequal numbers.
+            ValueError: too few questions or scorable answers, or unequal numbers.
         """
         wanted = as_trait(trait)
         if len(questions) < 8:
             raise ValueError(f"calibration needs at least 8 questions, got {len(questions)}")
         pairs = list(zip(high_answers, low_answers, strict=True))
         raw, _ = self.raw_scores(questions, pairs, wanted, progress=progress)
-        fit, held = raw[0::2], raw[1::2]
-        fit = fit[np.isfinite(fit).all(axis=1)]
+        fits = np.array([(i + i // 6) % 2 == 0 for i in range(len(questions))])
+        scorable = np.isfinite(raw).all(axis=1)
+        fit, held = raw[fits & scorable], raw[~fits & scorable]
+        if len(fit) < 2 or len(held) < 2:
+            raise ValueError(f"{int(scorable.sum())} of {len(questions)} questions have two scorable answers: too few")
         slope, intercept = _fit_logistic(fit[:, 0], fit[:, 1])
+        held = slope * held
+        rng = np.random.default_rng(0)
+        again = [area_under_curve(*held[rng.integers(0, len(held), len(held))].T) for _ in range(_RESAMPLES)]
+        low, high = np.quantile(again, [0.025, 0.975])
         found = Calibration(
-            slope, intercept, area_under_curve(held[:, 0], held[:, 1]), 2 * len(fit), int(np.isfinite(held).sum())
-        )
+            slope, intercept, area_under_curve(held[:, 0], held[:, 1]), 2 * len(fit), 2 * len(held), float(low),
+            float(high),
+        )  # fmt: skip
         self._calibrations[wanted] = found
         return found
 
@@ -197,7 +220,7 @@ class LikelihoodJudge:
         if wanted not in self._calibrations:
             from npti_interp.prompts import persona_prompts
 
-            questions = self._bench.questions(wanted, "search", 24)
+            questions = self._bench.questions(wanted, "search", min(24, len(self._bench.questions(wanted, "search"))))
             made = {
                 pole: self._model.generate(persona_prompts(self._bench, wanted, pole, questions), max_new_tokens=48)
                 for pole in POLES
@@ -264,7 +287,7 @@ class LikelihoodJudge:
                         "nll": nll[:, c],
                         "distinct_2": [distinct_n(a) for a in answers],
                         "repetition_4": [repetition(a) for a in answers],
-                        "unscored": ["empty answer" if x else None for x in lost],
+                        "unscored": [_reason(a, x) for a, x in zip(answers, lost, strict=True)],
                     }
                 )
             )

@@ -66,6 +66,9 @@ def collect_pole(
         persona_prompts(bench, trait, pole, questions),
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
+        # Shifted from round to round: questions come facet by facet and persona by persona in turn, and every block,
+        # and so either half of them, shall hear them all.
+        blocks=[(i + i // 12) % n_blocks for i in range(len(questions))],
         n_blocks=n_blocks,
         batch_size=batch_size,
         metadata={"trait": trait.value, "pole": pole.value, "bench": bench.digest, "model": model.name},
@@ -87,6 +90,7 @@ def choose_threshold(high: ActivationStatistics, low: ActivationStatistics, *, m
     Returns:
         the threshold; the smallest one if even that leaves too few.
     """
+    high.require_comparable(low)
     delta = high.probability - low.probability
     for threshold in THRESHOLDS:
         if min((delta > threshold).mean(), (delta < -threshold).mean()) >= min_share:
@@ -131,7 +135,8 @@ def locate(
     wanted = as_trait(trait)
     if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise ValueError(f"threshold must lie in (0, 1] or be 'auto', got {threshold!r}")
-    questions = bench.questions(wanted, "search", n_questions)
+    # Asked for by number even when all are wanted: that deals them out over facets and topics.
+    questions = bench.questions(wanted, "search", n_questions or len(bench.questions(wanted, "search")))
     if len(questions) < n_blocks:
         raise ValueError(
             f"{len(questions)} questions cannot fill {n_blocks} blocks; use more questions or fewer blocks"

@@ -18,17 +18,18 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from npti_interp import figures
-from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp._files import library_versions, read_json, write_atomic, write_json
 from npti_interp.activations import ActivationStatistics
+from npti_interp.backends import linear_kernel
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.evaluation import Calibration, Interval, LikelihoodJudge, bootstrap_mean, pair_scores
 from npti_interp.experiments._locate import MIN_SHARE, choose_threshold, collect_pole
 from npti_interp.generation import Answer, Decoding
-from npti_interp.interventions import Intervention
+from npti_interp.interventions import Intervention, NeuronEdit
 from npti_interp.models import Model, Prompt, load_model
 from npti_interp.neurons import NeuronSet, select_neurons
-from npti_interp.prompts import persona_prompts
-from npti_interp.runs import RunFolder, read_table
+from npti_interp.prompts import eliciting_personas, persona_prompts
+from npti_interp.runs import RunFolder, read_table, verify_folder
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
 
 __all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "reproduce"]
@@ -77,7 +78,7 @@ class ReproduceConfig:
     min_share: float = MIN_SHARE
     random_draws: int = 5
     personas_per_pole: int = 2
-    n_calibration: int = 16
+    n_calibration: int = 24
     dose_trait: str | None = "Neuroticism"
     dose_gammas: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)
     n_dose: int = 16
@@ -85,15 +86,25 @@ class ReproduceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for trait in (*self.traits, *([self.dose_trait] if self.dose_trait else [])):
-            as_trait(trait)
+        object.__setattr__(self, "traits", tuple(as_trait(t).value for t in self.traits))
+        if self.dose_trait:
+            object.__setattr__(self, "dose_trait", as_trait(self.dose_trait).value)
+        if len(set(self.traits)) != len(self.traits):
+            raise ValueError(f"a trait is named twice: {self.traits}")
         if not self.traits:
             raise ValueError("no traits were given")
         if self.dose_trait and self.dose_trait not in self.traits:
             raise ValueError(f"dose_trait {self.dose_trait!r} is not among the traits {self.traits}")
-        for name in ("n_search", "search_tokens", "n_test", "test_tokens", "random_draws", "batch_size"):
+        for name in ("n_search", "search_tokens", "n_test", "test_tokens", "n_dose"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        for name in ("random_draws", "batch_size", "personas_per_pole"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_share < 1:
+            raise ValueError(f"min_share must lie in (0, 1), got {self.min_share}")
+        if len(set(self.dose_gammas)) != len(self.dose_gammas) or 0 in self.dose_gammas:
+            raise ValueError(f"dose_gammas must differ, and 0 is always there; got {self.dose_gammas}")
         if self.n_calibration < 8 or self.n_calibration > self.n_search:
             raise ValueError(f"n_calibration must lie in 8 … n_search={self.n_search}, got {self.n_calibration}")
         if not all(math.isfinite(g) for g in (self.gamma, *self.dose_gammas)):
@@ -125,8 +136,9 @@ class Verdict:
         random: mean rating under the random control.
         none: mean rating of the unedited model.
         difference: edit − random, question by question.
-        nll_change: fluency: rise of the negative log-likelihood per token over the unedited model.
-        auc: what the judge is worth on this trait.
+        nll_change: fluency: change of the negative log-likelihood per token from the unedited model.
+        repetition_change: change of the share of repeated 4-grams.
+        judge: what the judge is worth on this trait.
     """
 
     trait: Trait
@@ -136,7 +148,8 @@ class Verdict:
     none: Interval
     difference: Interval
     nll_change: Interval
-    auc: float
+    repetition_change: Interval
+    judge: Calibration
 
     @property
     def beats_random(self) -> bool:
@@ -157,9 +170,14 @@ class Verdict:
             word = "NOT on the right side of the random control"
         return (
             f"{self.trait} {self.pole}: rating {self.edit} with the edit, {self.random} with random neurons, "
-            f"{self.none} unedited: {word}. Paired difference {self.difference}; fluency {self.nll_change} nats a "
-            f"token worse than unedited; the judge's AUC is {self.auc:.2f}."
+            f"{self.none} unedited: {word}. Paired difference {self.difference}. Fluency against unedited: NLL "
+            f"{_signed(self.nll_change)} nats a token, repeated 4-grams {_signed(self.repetition_change)}. "
+            f"Judge: {self.judge}."
         )
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 @dataclass(frozen=True)
@@ -203,10 +221,11 @@ class ReproduceResult:
             ArtifactError: a file is damaged.
         """
         path = Path(folder)
-        if not (path / "scores.parquet").is_file():
+        if not (path / "summary.md").is_file():
             raise FileNotFoundError(
                 f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one"
             )
+        verify_folder(path)
         settings = read_json(path / "config.json")["settings"]
         given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         config = ReproduceConfig(**given)
@@ -225,7 +244,7 @@ class ReproduceResult:
             "",
             f"{c.n_search} search questions × {c.search_tokens} tokens a pole; {c.n_test} test questions × "
             f"{c.test_tokens} tokens; γ = {c.gamma:g}; 95 % intervals by bootstrap over questions. Ratings 1–5 are the "
-            "likelihood judge's.",
+            "likelihood judge's. In the table, 'no edit' scores 6 by construction (one answer stands for both poles).",
             "",
             f"**The edit beats the matched random control in both directions, intervals apart, for {len(won)} of "
             f"{len(c.traits)} traits{': ' + ', '.join(won) if won else ''}.**",
@@ -332,6 +351,10 @@ def reproduce(
         "settings": asdict(config),
         "bench": bench.digest,
         "fingerprint": model.fingerprint.to_json(),
+        "dtype": str(next(model.hf_model.parameters()).dtype),
+        "device": next(model.hf_model.parameters()).device.type,
+        "linear": linear_kernel(),
+        "versions": library_versions(),
     }
     with (
         RunFolder(folder, identity) as run,
@@ -376,7 +399,19 @@ def _statistics(
             batch_size=c.batch_size, progress=work.meter(cost, c.n_search),
         )  # fmt: skip
         run.step(statistics, lambda: stats, lambda path, s: s.save(path), ActivationStatistics.load)
-        run.table(answers, lambda: _answer_rows(work, trait, questions, made, "persona", pole, c.search_tokens))
+        run.table(
+            answers,
+            lambda: _answer_rows(
+                work,
+                trait,
+                questions,
+                made,
+                "persona",
+                pole,
+                c.search_tokens,
+                persona=[p.id for p in eliciting_personas(work.bench, trait, pole, len(questions))],
+            ),
+        )
     return ActivationStatistics.load(run.path / statistics), read_table(run.path / answers)["answer"].tolist()
 
 
@@ -399,11 +434,15 @@ def _answer_rows(
             "finished": [a.finished for a in answers],
             "model": work.model.name,
             "fingerprint": work.model.fingerprint.digest,
+            "dtype": str(next(work.model.hf_model.parameters()).dtype),
             "bench": work.bench.digest,
             "max_new_tokens": max_new_tokens,
             "temperature": 0.0,
             "repetition_penalty": 1.0,
-            **{key: settings.get(key) for key in ("gamma", "threshold", "random_seed", "n_raised", "n_clamped")},
+            **{
+                key: settings.get(key)
+                for key in ("gamma", "threshold", "random_seed", "n_raised", "n_clamped", "persona")
+            },
         }
     )
 
@@ -471,18 +510,20 @@ def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> No
                 edit = found.edit(c.gamma, pole)
                 place = len(interventions)
                 interventions.append(edit)
-                jobs.append((label, pole, [(k, place) for k in range(n)], _edit_facts(found, c.gamma, pole)))
+                jobs.append((label, pole, [(k, place) for k in range(n)], _edit_facts(found, edit, c.gamma)))
             place = len(interventions)
-            interventions += [draw.edit(c.gamma, pole) for draw in draws]
+            controls = [draw.edit(c.gamma, pole) for draw in draws]
+            interventions += controls
             pairs = [(k, place + k % c.random_draws) for k in range(n)]
             facts = {
-                **_edit_facts(neurons, c.gamma, pole),
+                **_edit_facts(neurons, controls[0], c.gamma),
                 "random_seed": [base + k % c.random_draws for k in range(n)],
             }
             jobs.append(("random", pole, pairs, facts))
             first = len(prompts)
             prompts += persona_prompts(work.bench, trait, pole, questions)
-            jobs.append(("persona", pole, [(first + k, 0) for k in range(n)], {}))
+            personas = [p.id for p in eliciting_personas(work.bench, trait, pole, n)]
+            jobs.append(("persona", pole, [(first + k, 0) for k in range(n)], {"persona": personas}))
         pairs = [pair for _, _, own, _ in jobs for pair in own]
         made = work.model.generate_pairs(
             prompts, interventions, pairs, decoding=Decoding(c.test_tokens), batch_size=c.batch_size,
@@ -503,12 +544,12 @@ def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> No
     )  # fmt: skip
 
 
-def _edit_facts(neurons: NeuronSet, gamma: float, pole: Pole) -> dict[str, Any]:
+def _edit_facts(neurons: NeuronSet, edit: NeuronEdit, gamma: float) -> dict[str, Any]:
     return {
         "gamma": gamma,
         "threshold": neurons.rule["threshold"],
-        "n_raised": len(neurons.pole(pole)),
-        "n_clamped": len(neurons.pole(pole.opposite)),
+        "n_raised": int((~edit.clamp).sum()),
+        "n_clamped": int(edit.clamp.sum()),
     }
 
 
@@ -551,9 +592,9 @@ def _dose(work: _Work, trait: Trait) -> None:
         rows = [
             _answer_rows(
                 work, trait, questions, own, label, pole, c.test_tokens,
-                **(_edit_facts(neurons, gamma, pole) if pole else {"gamma": 0.0}),
+                **(_edit_facts(neurons, edit, gamma) if edit else {"gamma": 0.0}),
             )
-            for (label, pole, gamma), own in zip(conditions, made, strict=True)
+            for (label, pole, gamma), edit, own in zip(conditions, edits, made, strict=True)
         ]  # fmt: skip
         return pd.concat(rows, ignore_index=True)
 
@@ -609,7 +650,7 @@ def _ratings(scores: pd.DataFrame, config: ReproduceConfig) -> pd.DataFrame:
                         "trait": trait, "condition": condition, "pole": pole.value if pole else "none",
                         **_interval_columns("rating", interval),
                         **_interval_columns("nll", bootstrap_mean(own["nll"], seed=config.seed)),
-                        "repetition": own["repetition_4"].mean(), "distinct_2": own["distinct_2"].mean(),
+                        **_interval_columns("repetition", bootstrap_mean(own["repetition_4"], seed=config.seed)), "distinct_2": own["distinct_2"].mean(),
                         "n": interval.n, "unscored": interval.unscored,
                     }
                 )  # fmt: skip
@@ -624,38 +665,51 @@ def _table(scores: pd.DataFrame, config: ReproduceConfig) -> pd.DataFrame:
             if both[Pole.HIGH].empty:
                 continue
             score = bootstrap_mean(pair_scores(both[Pole.HIGH]["rating"], both[Pole.LOW]["rating"]), seed=config.seed)
-            nll = bootstrap_mean(
-                (both[Pole.HIGH]["nll"].to_numpy() + both[Pole.LOW]["nll"].to_numpy()) / 2, seed=config.seed
+            nll, repeated = (
+                bootstrap_mean(
+                    (both[Pole.HIGH][name].to_numpy() + both[Pole.LOW][name].to_numpy()) / 2, seed=config.seed
+                )
+                for name in ("nll", "repetition_4")
             )
             rows.append(
                 {
                     "trait": trait, "condition": label, **_interval_columns("score", score),
                     "variance": score.variance, **_interval_columns("nll", nll),
-                    "repetition": float(np.mean([both[p]["repetition_4"].mean() for p in POLES])),
+                    **_interval_columns("repetition", repeated),
                     "n": score.n, "unscored": score.unscored, "judge_auc": float(both[Pole.HIGH]["auc"].iloc[0]),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _verdicts(scores: pd.DataFrame, config: ReproduceConfig) -> list[Verdict]:
+def _verdicts(scores: pd.DataFrame, config: ReproduceConfig, calibrations: dict[Trait, Calibration]) -> list[Verdict]:
     found: list[Verdict] = []
     for trait in config.traits:
         none = _pick(scores, trait, "none", None)
         for pole in POLES:
             edit, random = (_pick(scores, trait, name, pole) for name in ("npti", "random"))
+            if edit.empty:
+                continue  # no neuron passed the threshold
 
             def mean(values: Any) -> Interval:
                 return bootstrap_mean(values, seed=config.seed)
 
+            def change(name: str, edit: pd.DataFrame, other: pd.DataFrame) -> Interval:
+                return bootstrap_mean(edit[name].to_numpy() - other[name].to_numpy(), seed=config.seed)
+
             found.append(
                 Verdict(
-                    as_trait(trait), pole, mean(edit["rating"]), mean(random["rating"]), mean(none["rating"]),
-                    mean(edit["rating"].to_numpy() - random["rating"].to_numpy()),
-                    mean(edit["nll"].to_numpy() - none["nll"].to_numpy()),
-                    float(edit["auc"].iloc[0]),
+                    as_trait(trait),
+                    pole,
+                    mean(edit["rating"]),
+                    mean(random["rating"]),
+                    mean(none["rating"]),
+                    change("rating", edit, random),
+                    change("nll", edit, none),
+                    change("repetition_4", edit, none),
+                    calibrations[as_trait(trait)],
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -672,7 +726,7 @@ def _dose_table(folder: Path, config: ReproduceConfig) -> pd.DataFrame:
                     "trait": config.dose_trait, "pole": pole.value, "gamma": gamma,
                     **_interval_columns("rating", bootstrap_mean(part["rating"], seed=config.seed)),
                     **_interval_columns("nll", bootstrap_mean(part["nll"], seed=config.seed)),
-                    "repetition": part["repetition_4"].mean(),
+                    **_interval_columns("repetition", bootstrap_mean(part["repetition_4"], seed=config.seed)),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -702,6 +756,7 @@ def _summarise(folder: Path, config: ReproduceConfig) -> ReproduceResult:
     scores = pd.concat([read_table(folder / f"scores/{t}.parquet") for t in traits], ignore_index=True)
     answers = pd.concat([read_table(folder / f"answers/test-{t}.parquet") for t in traits], ignore_index=True)
     neurons = {t: NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in traits}
+    calibrations = {t: Calibration(**read_json(folder / f"scores/calibration-{t}.json")) for t in traits}
     return ReproduceResult(
         folder=folder,
         config=config,
@@ -713,8 +768,8 @@ def _summarise(folder: Path, config: ReproduceConfig) -> ReproduceResult:
         neurons=neurons,
         thresholds=_threshold_table(neurons, folder),
         deltas=pd.concat([read_table(folder / f"neurons/{t}-delta.parquet") for t in traits], ignore_index=True),
-        verdicts=_verdicts(scores, config),
-        calibrations={t: Calibration(**read_json(folder / f"scores/calibration-{t}.json")) for t in traits},
+        verdicts=_verdicts(scores, config, calibrations),
+        calibrations=calibrations,
     )
 
 

@@ -337,6 +337,8 @@ class Model:
         progress: bool | Progress = False,
     ) -> tuple[ActivationStatistics, list[Answer]]:
         """Statistics and answers; see `npti_interp.collect_activations`, which gives the former."""
+        if n_blocks < 2 or batch_size < 1:
+            raise ValueError(f"n_blocks must be at least 2 and batch_size at least 1, got {n_blocks} and {batch_size}")
         encoded = self._encode_all(prompts)
         chosen = [k % n_blocks for k in range(len(encoded))] if blocks is None else [int(b) for b in blocks]
         if len(chosen) != len(encoded):
