@@ -381,7 +381,8 @@ class LocalEngine:
         width = max(len(prompt) for prompt in prompts)
         state = _Pass(edits=edits, collector=collector)
         out: list[list[int]] = [[] for _ in rows]
-        chooser = _Chooser(rows, decoding)
+        # A collector checks by itself, and names the layer.
+        chooser = _Chooser(rows, decoding, check=collector is None)
         with self._hooked(state, wanted=False):
             cache, mask, logits = self._prefill(prompts, rows_of, len(rows), width, decoding.max_new_tokens)
         alive = np.arange(len(rows))
@@ -566,8 +567,8 @@ def _gather_log_prob(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, " n"]
 class _Chooser:
     """Chooses each row's next token."""
 
-    def __init__(self, rows: Sequence[Row], decoding: Decoding) -> None:
-        self._rows, self._decoding = rows, decoding
+    def __init__(self, rows: Sequence[Row], decoding: Decoding, *, check: bool) -> None:
+        self._rows, self._decoding, self._check = rows, decoding, check
         self._generators = [
             torch.Generator().manual_seed((decoding.seed * 1_000_003 + row.key) % 2**63)
             for row in (rows if decoding.temperature > 0 else ())
@@ -575,7 +576,7 @@ class _Chooser:
 
     def choose(self, logits: Float[Tensor, "row vocab"], alive: Any, out: Sequence[Sequence[int]]) -> list[int]:
         d = self._decoding
-        if not torch.isfinite(logits.amax(dim=-1)).all():
+        if self._check and not torch.isfinite(logits.amax(dim=-1)).all():
             raise NonFiniteActivationError(
                 "NaN or infinite logits while generating: an edit with too large a γ, half precision overflowing, or "
                 "damaged weights do this; `collect_activations` names the layer"

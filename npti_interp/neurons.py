@@ -518,7 +518,7 @@ class NeuronSet:
 
     def __repr__(self) -> str:
         trait = self.metadata.get("trait", "neurons")
-        return f"NeuronSet({trait}: {len(self.pole('high')):,} high, {len(self.pole('low')):,} low, {dict(self.rule)})"
+        return f"NeuronSet({trait}: {len(self.pole('high')):,} high, {len(self.pole('low')):,} low, {dict(sorted(self.rule.items()))})"
 
     def _repr_html_(self) -> str:
         total = self.fingerprint.n_layers * self.fingerprint.d_mlp if self.fingerprint else 0

@@ -754,3 +754,14 @@ def test_infinite_edit_is_noticed(llama: Tiny) -> None:
     edit = NeuronEdit(np.array([1]), np.array([0]), np.array([3e38]), np.array([False]))
     with pytest.raises(NonFiniteActivationError, match="layer"):
         llama.model.collect(llama.texts, intervention=edit, max_new_tokens=4)
+
+
+def test_logits_that_are_not_finite_are_never_sampled_from(llama: Tiny) -> None:
+    """An edit that blows the model up raises instead of giving some text."""
+    f = llama.model.fingerprint
+    n = f.d_mlp
+    edit = NeuronEdit(np.zeros(n, int), np.arange(n), np.full(n, 3e38), np.zeros(n, bool), f)
+    with pytest.raises(NonFiniteActivationError, match="too large a γ"):
+        llama.model.generate(["w5 w6 w7"], intervention=edit, max_new_tokens=3)
+    with pytest.raises(ValueError, match="beyond float32"):
+        NeuronEdit([0], [0], [1e39], [False], f).layer_edits(f.n_layers, f.d_mlp)

@@ -68,7 +68,7 @@ def test_every_setting_is_in_the_answers_table(finished):
     assert not pd.isna(row["random_seed"])
     persona = finished.answers.query("condition == 'persona' and pole == 'low'")["persona"]
     assert persona.str.startswith("N-").all()
-    assert row["persona"] is None
+    assert pd.isna(row["persona"])
     assert len(row["tokens"]) > 0
 
 
