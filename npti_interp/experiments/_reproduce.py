@@ -71,17 +71,17 @@ class ReproduceConfig:
     model: str = "smollm2-135m"
     traits: tuple[str, ...] = tuple(t.value for t in TRAITS)
     n_search: int = 84
-    search_tokens: int = 48
-    n_test: int = 40
-    test_tokens: int = 32
+    search_tokens: int = 40
+    n_test: int = 36
+    test_tokens: int = 28
     gamma: float = 1.4
     min_share: float = MIN_SHARE
     random_draws: int = 5
     personas_per_pole: int = 2
-    n_calibration: int = 24
+    n_calibration: int = 16
     dose_trait: str | None = "Neuroticism"
     dose_gammas: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)
-    n_dose: int = 16
+    n_dose: int = 12
     batch_size: int = 64
     seed: int = 0
 
