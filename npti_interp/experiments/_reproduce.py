@@ -157,6 +157,11 @@ class Verdict:
         return self.edit.apart_from(self.random) and (self.edit.mean - self.random.mean) * self.pole.sign > 0
 
     @property
+    def beats_random_paired(self) -> bool:
+        """Whether the 95 % interval of the difference on the same questions excludes 0, on the right side."""
+        return (self.difference.low if self.pole is Pole.HIGH else -self.difference.high) > 0
+
+    @property
     def beats_none(self) -> bool:
         """Whether the edit lies on the right side of the unedited model with 95 % intervals apart."""
         return self.edit.apart_from(self.none) and (self.edit.mean - self.none.mean) * self.pole.sign > 0
@@ -234,11 +239,14 @@ class ReproduceResult:
     def summary(self) -> str:
         """What came out, in words (Markdown)."""
         c = self.config
-        won = [
-            t
-            for t in dict.fromkeys(v.trait for v in self.verdicts)
-            if all(v.beats_random for v in self.verdicts if v.trait == t)
-        ]
+        traits = list(dict.fromkeys(v.trait for v in self.verdicts))
+
+        def both(test: Callable[[Verdict], bool]) -> str:
+            won = [t for t in traits if all(test(v) for v in self.verdicts if v.trait == t)]
+            ways = sum(map(test, self.verdicts))
+            shown = f" ({', '.join(won)})" if won else ""
+            return f"{len(won)} of {len(traits)} traits{shown}, {ways} of {len(self.verdicts)} poles"
+
         lines = [
             f"# NPTI on {c.model}",
             "",
@@ -246,8 +254,9 @@ class ReproduceResult:
             f"{c.test_tokens} tokens; γ = {c.gamma:g}; 95 % intervals by bootstrap over questions. Ratings 1–5 are the "
             "likelihood judge's. In the table, 'no edit' scores 6 by construction (one answer stands for both poles).",
             "",
-            f"**The edit beats the matched random control in both directions, intervals apart, for {len(won)} of "
-            f"{len(c.traits)} traits{': ' + ', '.join(won) if won else ''}.**",
+            "**Does the edit beat the same edit at random neurons, in both directions?** Question by question (95 % interval "
+            f"of the difference excludes 0): {both(lambda v: v.beats_random_paired)}. With the two conditions' own 95 % "
+            f"intervals apart: {both(lambda v: v.beats_random)}.",
             "",
             *(f"- {verdict}" for verdict in self.verdicts),
             "",
