@@ -286,7 +286,7 @@ class _Weighted:
         self._bar, self._weight = bar, weight
 
     def update(self, n: float = 1) -> None:
-        self._bar.update(n * self._weight)
+        self._bar.update(min(n * self._weight, max(0.0, self._bar.total - self._bar.n)))  # float sums may overshoot
 
 
 @dataclass
