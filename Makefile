@@ -33,6 +33,8 @@ EXECUTE := import pathlib, sys, jupytext, nbclient, nbformat; \
 	[cell.update(id=f"cell-{i}") for i, cell in enumerate(book.cells)]; \
 	where = {"metadata": {"path": str(script.parent)}}; \
 	nbclient.NotebookClient(book, kernel_name="python3", record_timing=False, resources=where).execute(); \
+	[cell.update(outputs=[o for o in cell.outputs if o.get("name") != "stderr"]) \
+		for cell in book.cells if cell.cell_type == "code"]; \
 	nbformat.write(book, out)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 

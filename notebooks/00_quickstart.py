@@ -22,11 +22,15 @@
 # %% tags=["parameters"]
 model_name = "smollm2-135m"  # or a hub id, a directory, a .gguf file
 trait = "Neuroticism"
-n_search, n_test, n_tokens = 48, 12, 40
+n_search, n_test, n_tokens = 48, 24, 40
 
 # %%
+# %matplotlib inline
+import pandas as pd
+
 import npti_interp as npti
 
+pd.set_option("display.max_colwidth", None)
 model = npti.load_model(model_name)
 bench = npti.PersonalityBench.embedded()
 bench
@@ -58,8 +62,6 @@ sweep = npti.generate_sweep(model, [q.text for q in questions], list(conditions.
 answers = dict(zip(conditions, sweep, strict=True))
 
 # %%
-import pandas as pd
-
 pd.DataFrame({"question": [q.text for q in questions], **answers})[["question", "NPTI high", "NPTI low"]].head(4)
 
 # %% [markdown]

@@ -106,7 +106,7 @@ def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figur
     present = set(ratings["condition"])
     shown = [c for c in labels if c != "none" and c in present]
     with mpl.rc_context(paper_style()):
-        figure = Figure(figsize=(WIDTH, 2.1))
+        figure = Figure(figsize=(WIDTH, 2.3))
         axes = np.atleast_1d(figure.subplots(1, len(traits), sharey=True))
         for ax, trait in zip(axes, traits, strict=True):
             own: Any = ratings[ratings["trait"] == trait]
@@ -116,7 +116,7 @@ def plot_scores(ratings: pd.DataFrame, labels: Mapping[str, str]) -> tuple[Figur
             for pole, colour, marker in ((Pole.HIGH, _HIGH, "^"), (Pole.LOW, _LOW, "v")):
                 part = own[own["pole"] == pole.value].set_index("condition")
                 part = part.loc[[c for c in shown if c in part.index]]
-                at = [shown.index(c) for c in part.index]
+                at = [shown.index(c) - 0.13 * pole.sign for c in part.index]
                 ax.errorbar(
                     at, part["rating"], yerr=_error(part, "rating"), fmt=marker, ms=4, lw=1.0, capsize=1.8,
                     color=colour, label=f"{pole.value} pole induced",

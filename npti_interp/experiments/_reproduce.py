@@ -38,7 +38,7 @@ PAPER_THRESHOLD = 0.10
 LABELS = {
     "none": "no edit",
     "npti": "NPTI",
-    "npti_0.10": "NPTI, threshold 0.10",
+    "npti_0.10": "NPTI at 0.10",
     "random": "random neurons",
     "persona": "persona prompt",
 }
