@@ -1,7 +1,7 @@
 """Faster matrix products on some CPUs, exact in float32.
 
 PyTorch sends float32 products on a CPU to MKL, which on AMD processors leaves AVX-512 unused. oneDNN, which PyTorch
-ships as well, uses it: `benchmarks/decode.py` shows the ratio on the machine at hand (2.2 to 2.6 on a Zen 5). The
+ships as well, uses it: `benchmarks/decode.py` shows the ratio on the machine at hand (1.8 to 2.6 on a Zen 5). The
 choice depends on the processor alone, never on a timing, so that one machine always gives one result.
 """
 
