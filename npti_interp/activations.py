@@ -5,7 +5,8 @@ a sketch that gives the 95th percentile to 1 % (METHOD.md section 1). Counted ar
 never prompt, padding, or anything after a row's end.
 
 Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
-the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are 1,208, saturate at 2²⁴ and end at 3.0.)
+the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are
+1,208, saturate at 2²⁴ and end at 3.0.)
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ActivationStatistics:
     """Counts, moments and sketch of every neuron's value. Made by `collect_activations` or `locate`.
 
     Attributes:
-        active_count: ``int32 [block, layer, neuron]`` (int64 where a merge has outgrown that), tokens on which the value was above 0.
+        active_count: ``int32 [block, layer, neuron]`` (int64 where a merge has outgrown that), tokens on which the
+            value was above 0.
         n_tokens: ``int64 [block]``, tokens counted.
         mean: ``float64 [layer, neuron]``.
         m2: ``float64 [layer, neuron]``, summed squared deviations from the mean.

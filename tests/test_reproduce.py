@@ -205,3 +205,8 @@ def test_too_many_questions_are_refused_before_any_work(smollm, tmp_path):
     assert not (tmp_path / "f").exists()
     with pytest.raises(ValueError, match="unknown preset"):
         npti.reproduce("huge", tmp_path / "f")
+
+
+def test_locating_on_no_questions_is_refused(smollm):
+    with pytest.raises(ValueError, match="0"):
+        npti.locate(smollm, npti.PersonalityBench.embedded(), "N", n_questions=0, progress=False)

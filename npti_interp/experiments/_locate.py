@@ -136,7 +136,8 @@ def locate(
     if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise ValueError(f"threshold must lie in (0, 1] or be 'auto', got {threshold!r}")
     # Asked for by number even when all are wanted: that deals them out over facets and topics.
-    questions = bench.questions(wanted, "search", n_questions or len(bench.questions(wanted, "search")))
+    wished = len(bench.questions(wanted, "search")) if n_questions is None else n_questions
+    questions = bench.questions(wanted, "search", wished)
     if len(questions) < n_blocks:
         raise ValueError(
             f"{len(questions)} questions cannot fill {n_blocks} blocks; use more questions or fewer blocks"

@@ -29,7 +29,7 @@ from npti_interp.interventions import Intervention, NeuronEdit
 from npti_interp.models import Model, Prompt, load_model
 from npti_interp.neurons import NeuronSet, select_neurons
 from npti_interp.prompts import eliciting_personas, persona_prompts
-from npti_interp.runs import RunFolder, read_table, verify_folder
+from npti_interp.runs import RunFolder, read_table, verify_folder, write_table
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
 
 __all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "reproduce"]
@@ -43,6 +43,8 @@ LABELS = {
     "persona": "persona prompt",
 }
 """Conditions in the order of tables and figures, as people read them."""
+_CONDITIONS = 1 + len(POLES) * (len(LABELS) - 1)
+"""Answers a test question gets: one unedited, the others for each pole."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class ReproduceConfig:
             raise ValueError(f"n_calibration must lie in 8 … n_search={self.n_search}, got {self.n_calibration}")
         if not all(math.isfinite(g) for g in (self.gamma, *self.dose_gammas)):
             raise ValueError("gamma and dose_gammas must be finite")
+
+    @property
+    def n_dose_conditions(self) -> int:
+        """Answers a question of the dose–response curve gets: one unedited, the others for each γ and pole."""
+        return 1 + len(POLES) * len(self.dose_gammas)
 
 
 PRESETS: dict[str, ReproduceConfig] = {
@@ -312,10 +319,19 @@ class _Work:
         c = self.config
         return c.n_calibration * (1 + 2 * c.personas_per_pole) * (2 * c.search_tokens + 90)
 
-    def testing_cost(self, conditions: int, questions: int) -> float:
+    def answering_cost(self, conditions: int, questions: int) -> float:
+        return conditions * questions * self._decoding(self.config.test_tokens)
+
+    def judging_cost(self, conditions: int, questions: int) -> float:
         c = self.config
-        scoring = questions * (1 + 2 * c.personas_per_pole) * (conditions * c.test_tokens + 90)
-        return conditions * questions * self._decoding(c.test_tokens) + scoring
+        return questions * (1 + 2 * c.personas_per_pole) * (conditions * c.test_tokens + 90)
+
+    def total_cost(self) -> float:
+        c = self.config
+        each = self.locating_cost() + self.calibration_cost()
+        each += self.answering_cost(_CONDITIONS, c.n_test) + self.judging_cost(_CONDITIONS, c.n_test)
+        dose = self.answering_cost(c.n_dose_conditions, c.n_dose) + self.judging_cost(c.n_dose_conditions, c.n_dose)
+        return len(c.traits) * each + (dose if c.dose_trait else 0)
 
     def meter(self, cost: float, calls: int) -> _Weighted:
         return _Weighted(self.bar, cost / calls)
@@ -371,11 +387,7 @@ def reproduce(
     ):
         judge = LikelihoodJudge(model, bench, personas_per_pole=config.personas_per_pole)
         work = _Work(config, model, bench, judge, run, bar)
-        conditions = 9
-        n_dose = 2 * len(config.dose_gammas) + 1
-        bar.total = len(config.traits) * (
-            work.locating_cost() + work.calibration_cost() + work.testing_cost(conditions, config.n_test)
-        ) + (work.testing_cost(n_dose, config.n_dose) if config.dose_trait else 0)
+        bar.total = work.total_cost()
         for trait in map(as_trait, config.traits):
             _one_trait(work, trait)
         if config.dose_trait:
@@ -407,20 +419,11 @@ def _statistics(
             work.model, work.bench, trait, pole, questions, max_new_tokens=c.search_tokens,
             batch_size=c.batch_size, progress=work.meter(cost, c.n_search),
         )  # fmt: skip
-        run.step(statistics, lambda: stats, lambda path, s: s.save(path), ActivationStatistics.load)
-        run.table(
-            answers,
-            lambda: _answer_rows(
-                work,
-                trait,
-                questions,
-                made,
-                "persona",
-                pole,
-                c.search_tokens,
-                persona=[p.id for p in eliciting_personas(work.bench, trait, pole, len(questions))],
-            ),
-        )
+        personas = [p.id for p in eliciting_personas(work.bench, trait, pole, len(questions))]
+        rows = _answer_rows(work, trait, questions, made, "persona", pole, c.search_tokens, persona=personas)
+        stats.save(run.path / statistics)
+        write_table(run.path / answers, rows)
+        run.record(statistics, answers)
     return ActivationStatistics.load(run.path / statistics), read_table(run.path / answers)["answer"].tolist()
 
 
@@ -493,15 +496,27 @@ def _one_trait(work: _Work, trait: Trait) -> None:
     _test(work, trait, neurons, paper)
 
 
+def _answer_and_judge(
+    work: _Work, trait: Trait, questions: Sequence[Question], n_conditions: int, names: tuple[str, str],
+    generate: Callable[[_Weighted], pd.DataFrame],
+) -> None:  # fmt: skip
+    """The two steps of a test: answers into the first file, scores into the second."""
+    run, n = work.run, len(questions)
+    answering, judging = work.answering_cost(n_conditions, n), work.judging_cost(n_conditions, n)
+    meter = work.meter(answering, n * n_conditions)
+    answers = _timed(work, answering, run.done(names[0]), lambda: run.table(names[0], lambda: generate(meter)))
+    _timed(
+        work, judging, run.done(names[1]),
+        lambda: run.table(names[1], lambda: _judge(work, trait, questions, answers, judging)),
+    )  # fmt: skip
+
+
 def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> None:
-    c, run = work.config, work.run
+    c = work.config
     questions = work.bench.questions(trait, "test", c.n_test)
     n = len(questions)
-    cost = work.testing_cost(9, n)
-    scoring = n * (1 + 2 * c.personas_per_pole) * (9 * c.test_tokens + 90)
-    answers_name, scores_name = f"answers/test-{trait}.parquet", f"scores/{trait}.parquet"
 
-    def generate() -> pd.DataFrame:
+    def generate(meter: _Weighted) -> pd.DataFrame:
         work.bar.set_postfix_str(f"{trait}: answering the test questions")
         prompts: list[Prompt] = [q.text for q in questions]
         interventions: list[Intervention | None] = [None]
@@ -535,9 +550,8 @@ def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> No
             jobs.append(("persona", pole, [(first + k, 0) for k in range(n)], {"persona": personas}))
         pairs = [pair for _, _, own, _ in jobs for pair in own]
         made = work.model.generate_pairs(
-            prompts, interventions, pairs, decoding=Decoding(c.test_tokens), batch_size=c.batch_size,
-            progress=work.meter(cost - scoring, len(pairs)),
-        )  # fmt: skip
+            prompts, interventions, pairs, decoding=Decoding(c.test_tokens), batch_size=c.batch_size, progress=meter
+        )
         return pd.concat(
             [
                 _answer_rows(work, trait, questions, made[j * n : (j + 1) * n], label, pole, c.test_tokens, **facts)
@@ -546,11 +560,8 @@ def _test(work: _Work, trait: Trait, neurons: NeuronSet, paper: NeuronSet) -> No
             ignore_index=True,
         )
 
-    answers = _timed(work, cost - scoring, run.done(answers_name), lambda: run.table(answers_name, generate))
-    _timed(
-        work, scoring, run.done(scores_name),
-        lambda: run.table(scores_name, lambda: _judge(work, trait, questions, answers, scoring)),
-    )  # fmt: skip
+    names = f"answers/test-{trait}.parquet", f"scores/{trait}.parquet"
+    _answer_and_judge(work, trait, questions, _CONDITIONS, names, generate)
 
 
 def _edit_facts(neurons: NeuronSet, edit: NeuronEdit, gamma: float) -> dict[str, Any]:
@@ -581,23 +592,18 @@ def _judge(
 
 
 def _dose(work: _Work, trait: Trait) -> None:
-    c, run = work.config, work.run
+    c = work.config
     questions = work.bench.questions(trait, "test", c.n_dose)
-    n = len(questions)
-    n_conditions = 2 * len(c.dose_gammas) + 1
-    cost = work.testing_cost(n_conditions, n)
-    scoring = n * (1 + 2 * c.personas_per_pole) * (n_conditions * c.test_tokens + 90)
-    neurons = NeuronSet.load(run.path / f"neurons/{trait}.safetensors")
+    neurons = NeuronSet.load(work.run.path / f"neurons/{trait}.safetensors")
 
-    def generate() -> pd.DataFrame:
+    def generate(meter: _Weighted) -> pd.DataFrame:
         work.bar.set_postfix_str(f"{trait}: dose–response")
         conditions: list[tuple[str, Pole | None, float]] = [("none", None, 0.0)]
         conditions += [("npti", pole, gamma) for pole in POLES for gamma in c.dose_gammas]
         edits = [neurons.edit(gamma, pole) if pole else None for _, pole, gamma in conditions]
         made = work.model.generate_sweep(
-            [q.text for q in questions], edits, max_new_tokens=c.test_tokens, batch_size=c.batch_size,
-            progress=work.meter(cost - scoring, n * n_conditions),
-        )  # fmt: skip
+            [q.text for q in questions], edits, max_new_tokens=c.test_tokens, batch_size=c.batch_size, progress=meter
+        )
         rows = [
             _answer_rows(
                 work, trait, questions, own, label, pole, c.test_tokens,
@@ -607,13 +613,8 @@ def _dose(work: _Work, trait: Trait) -> None:
         ]  # fmt: skip
         return pd.concat(rows, ignore_index=True)
 
-    name = f"answers/dose-{trait}.parquet"
-    answers = _timed(work, cost - scoring, run.done(name), lambda: run.table(name, generate))
-    scored = f"scores/dose-{trait}.parquet"
-    _timed(
-        work, scoring, run.done(scored),
-        lambda: run.table(scored, lambda: _judge(work, trait, questions, answers, scoring)),
-    )  # fmt: skip
+    names = f"answers/dose-{trait}.parquet", f"scores/dose-{trait}.parquet"
+    _answer_and_judge(work, trait, questions, c.n_dose_conditions, names, generate)
 
 
 def _delta_histogram(trait: Trait, high: ActivationStatistics, low: ActivationStatistics) -> pd.DataFrame:
