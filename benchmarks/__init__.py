@@ -1,0 +1,1 @@
+"""Side-by-side measurements of the toolkit: `python -m benchmarks`."""
