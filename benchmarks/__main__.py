@@ -1,8 +1,8 @@
 """`python -m benchmarks [NAME …]`: run the benchmarks and write a report (Markdown and JSON).
 
-    python -m benchmarks                          # all of them, on the embedded model
-    python -m benchmarks decode collect --quick   # some, small
-    python -m benchmarks --model llama-3-8b --device cuda --dtype bfloat16 decode collect growth
+python -m benchmarks                          # all of them, on the embedded model
+python -m benchmarks decode collect --quick   # some, small
+python -m benchmarks --model llama-3-8b --device cuda --dtype bfloat16 decode collect growth
 """
 
 from __future__ import annotations

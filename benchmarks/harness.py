@@ -114,7 +114,9 @@ class Section:
             lines += [note, ""]
         for t in self.targets:
             bound = f"at least {t['at_least']:g}" if t["at_least"] is not None else f"at most {t['at_most']:g}"
-            lines.append(f"- {t['name']}: {t['value']:.3g}, target {bound}: {'reached' if t['reached'] else '**missed**'}")
+            lines.append(
+                f"- {t['name']}: {t['value']:.3g}, target {bound}: {'reached' if t['reached'] else '**missed**'}"
+            )
         return "\n".join(lines).rstrip() + "\n"
 
 
