@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from npti_interp.chat._cache import ReplyCache
-from npti_interp.chat._request import ChatRequest, ChatResult, Form, read_reply
+from npti_interp.chat._cache import ReplyCache, reply_folder
+from npti_interp.chat._request import ChatRequest, ChatResult, Form, Reply, read_reply
 
 if TYPE_CHECKING:
     from npti_interp.generation import Progress
@@ -105,14 +105,7 @@ class CachedChat(ABC):
 
     def __init__(self, answerer: Mapping[str, Any], cache: str | Path | None) -> None:
         self._answerer = dict(answerer)
-        folder = None if cache is None else Path(cache)
-        if cache == "cache":
-            from npti_interp.models._embedded import cache_folder
-
-            folder = cache_folder() / "chat"
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise ValueError(f"the cache {folder} is not a folder; give another place, or None to keep nothing")
-        self._cache = ReplyCache(folder)
+        self._cache = ReplyCache(reply_folder(cache), "ChatReply", Reply)
 
     @property
     @abstractmethod
@@ -167,7 +160,7 @@ class CachedChat(ABC):
 
 
 @contextlib.contextmanager
-def progress_bar(progress: bool | Progress, requests: Iterable[ChatRequest]) -> Generator[Progress | None]:
+def progress_bar(progress: bool | Progress, requests: Iterable[Any]) -> Generator[Progress | None]:
     """The bar that a job advances; that of `Model` would load the engines."""
     if not isinstance(progress, bool):
         yield progress

@@ -13,46 +13,74 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from npti_interp._files import write_atomic
-from npti_interp.chat._request import Form, Reply, canonical
+from npti_interp.chat._request import canonical
 
-__all__ = ["ReplyCache"]
+__all__ = ["Call", "ReplyCache", "reply_folder"]
 
-_KIND, _VERSION = "ChatReply", 1
+_VERSION = 1
+
+ReplyT = TypeVar("ReplyT")
+
+
+class Call(Protocol):
+    """What is asked: a frozen dataclass that is valid JSON."""
+
+    def key(self, answerer: Mapping[str, Any]) -> str:
+        """SHA-256 of who is asked, and all that is."""
+        ...
+
+
+def reply_folder(cache: str | Path | None) -> Path | None:
+    """The folder that ``cache`` means; ``"cache"`` is the user's cache folder.
+
+    Raises:
+        ValueError: it is there, and no folder.
+    """
+    folder = None if cache is None else Path(cache)
+    if cache == "cache":
+        from npti_interp.models._embedded import cache_folder
+
+        folder = cache_folder() / "chat"
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"the cache {folder} is not a folder; give another place, or None to keep nothing")
+    return folder
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in entry.items() if k != "sha256"}).encode()).hexdigest()
 
 
-class ReplyCache:
+class ReplyCache(Generic[ReplyT]):
     """A folder of replies.
 
     Args:
         folder: made when the first reply is kept; None keeps nothing.
+        kind: the replies' name in the files.
+        reply: their dataclass.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, kind: str, reply: type[ReplyT]) -> None:
+        self.folder, self._kind, self._reply = folder, kind, reply
 
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.json"
 
-    def get(self, key: str) -> Reply | None:
+    def get(self, key: str) -> ReplyT | None:
         """The reply to a call; None if it is not there, or its file is damaged (it is then asked for again)."""
         path = self._path(key)
         if path is None:
             return None
         try:
             entry: Any = json.loads(path.read_text(encoding="utf-8"))
-            whole = (entry["kind"], entry["version"], entry["key"]) == (_KIND, _VERSION, key)
-            return Reply(**entry["reply"]) if whole and entry["sha256"] == _digest(entry) else None
+            whole = (entry["kind"], entry["version"], entry["key"]) == (self._kind, _VERSION, key)
+            return self._reply(**entry["reply"]) if whole and entry["sha256"] == _digest(entry) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def keep(self, key: str, form: Form, answerer: Mapping[str, Any], reply: Reply) -> None:
+    def keep(self, key: str, call: Call, answerer: Mapping[str, Any], reply: ReplyT) -> None:
         """Write a reply.
 
         Raises:
@@ -61,9 +89,11 @@ class ReplyCache:
         path = self._path(key)
         if path is None:
             return
-        call = {"answerer": dict(answerer), **asdict(form)}
+        asked: Any = call
+        answered: Any = reply
         entry: dict[str, Any] = {
-            "kind": _KIND, "version": _VERSION, "key": key, "call": call, "reply": asdict(reply)
+            "kind": self._kind, "version": _VERSION, "key": key, "call": {"answerer": dict(answerer), **asdict(asked)},
+            "reply": asdict(answered),
         }  # fmt: skip
         entry["sha256"] = _digest(entry)
         write_atomic(path, lambda scratch: scratch.write_text(canonical(entry) + "\n", encoding="utf-8"))

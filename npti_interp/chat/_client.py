@@ -1,58 +1,30 @@
-"""`ChatClient`: any OpenAI-compatible endpoint, through the ``openai`` package.
+"""`ChatClient`: any OpenAI-compatible endpoint, asked for chat completions.
 
-What this adds to the package: replies on disk, a window of calls under way, limits that hold for retries too, and the
-rule that only a whole answer is one. The package's own retries are off, because they know nothing of a reply that
-arrived broken, and would pass the rate limit by.
+What this adds to `npti_interp.chat._endpoint`: replies on disk, answers held to a schema, and the rule that only a whole
+answer is one.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
-import os
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
-from npti_interp.chat._base import CachedChat, progress_bar
-from npti_interp.chat._limits import AbandonedError, RateLimiter, back_off, retry_after
+from npti_interp.chat._base import CachedChat
+from npti_interp.chat._endpoint import KEY_VARIABLE, Endpoint, EndpointError, Ledger
 from npti_interp.chat._request import ChatRequest, ChatResult, Form, Reply, canonical, read_reply
-from npti_interp.errors import RemoteServiceError
 
 if TYPE_CHECKING:
     from npti_interp.generation import Progress
 
 __all__ = ["ChatClient"]
 
-_KEY_VARIABLE = "OPENAI_API_KEY"
-_PLACEHOLDER = "none-needed"
-_LONGEST_PAUSE = 900.0
-_AHEAD = 4
-"""Requests under way or waiting to be given back, for each call at once: one slow call shall not stop the others."""
-_PASSING = (408, 409, 425, 429)
 _CALL_REFUSED = (400, 422)
 _FORMAT_REFUSED = (400, 404, 415, 422, 501)
 _FORMAT_WORDS = ("response_format", "json_schema", "structured", "schema", "guided", "grammar")
-
-
-class _EndpointError(Exception):
-    """No reply, for good. The message is fit to be shown."""
-
-    def __init__(self, reason: str, *, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 class ChatClient(CachedChat):
@@ -92,7 +64,7 @@ class ChatClient(CachedChat):
         base_url: str,
         model: str,
         *,
-        key_variable: str = _KEY_VARIABLE,
+        key_variable: str = KEY_VARIABLE,
         concurrency: int = 8,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
@@ -104,58 +76,35 @@ class ChatClient(CachedChat):
         max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        import openai
-
-        parts = urlsplit(base_url)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("base_url must hold no user, password, query or fragment; put the key in the environment")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url must be like https://host/v1, got {base_url!r}")
         if not model.strip():
             raise ValueError("model is empty; give the name that the endpoint knows the model by")
-        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, value in (("timeout", timeout), ("pause", pause)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        if give_up_after is not None and give_up_after < 1:
-            raise ValueError(f"give_up_after must be at least 1, or None for never; got {give_up_after}")
         if max_tokens_name not in ("max_tokens", "max_completion_tokens"):
             raise ValueError(
                 f"max_tokens_name must be 'max_tokens' or 'max_completion_tokens', got {max_tokens_name!r}"
             )
-        here = _is_loopback(parts.hostname)
-        key = os.environ.get(key_variable, "").strip()
-        if not key and not here:
-            raise ValueError(f"no key for {parts.hostname}: set the environment variable {key_variable}")
+        self._endpoint = Endpoint(
+            base_url, key_variable=key_variable, concurrency=concurrency, requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute, timeout=timeout, retries=retries, pause=pause,
+            give_up_after=give_up_after,
+        )  # fmt: skip
         extra = json.loads(canonical(dict(extra_body or {})))
         answerer: dict[str, Any] = {"model": model, **({"extra_body": extra} if extra else {})}
         super().__init__(answerer, cache)
+        self._ledger = Ledger(self._cache, self._answerer)
         self._model, self._extra, self._limit_name = model, extra, max_tokens_name
-        # The port of a server on this machine differs from run to run, and says nothing of who answers.
-        self._where = "loopback" if here else f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self._key_variable, self._secret = key_variable, key
-        self._concurrency, self._retries, self._pause, self._give_up_after = concurrency, retries, pause, give_up_after
-        self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
-        # A proxy set for this machine's web traffic cannot reach this machine's own ports.
-        http = openai.DefaultHttpxClient(trust_env=False) if here else None
-        self._openai: Any = openai.OpenAI(
-            base_url=base_url, api_key=key or _PLACEHOLDER, timeout=timeout, max_retries=0, http_client=http
-        )
-        self._lock = threading.Lock()
-        self._flying: dict[str, Future[tuple[Reply, bool]]] = {}
-        self._failed_in_row = 0
         self._no_schemas = False
-        self.calls = 0
+
+    @property
+    def calls(self) -> int:
         """Attempts sent so far, retries included."""
+        return self._endpoint.calls
 
     def __repr__(self) -> str:
-        return f"ChatClient({self._where!r}, {self._model!r})"
+        return f"ChatClient({self._endpoint.where!r}, {self._model!r})"
 
     def identity(self) -> dict[str, Any]:
         """Endpoint (``loopback`` for one on this machine) and model, as JSON; never the key."""
-        return {"chat": "openai", "endpoint": self._where, **self._answerer}
+        return {"chat": "openai", "endpoint": self._endpoint.where, **self._answerer}
 
     @property
     def _counted(self) -> str:
@@ -185,44 +134,14 @@ class ChatClient(CachedChat):
             RemoteServiceError: ``give_up_after`` requests in a row had no reply. What was answered is on disk.
             OSError: a reply cannot be written to disk.
         """
-        for _, result in self._run(requests, progress, ordered=True):
+        for _, result in self._endpoint.run(requests, self._answer, progress):
             yield result
 
     def stream(
         self, requests: Iterable[ChatRequest], *, progress: bool | Progress = False
     ) -> Iterator[tuple[int, ChatResult]]:
         """`complete` without its order: each result as it comes, with its request's place."""
-        return self._run(requests, progress, ordered=False)
-
-    def _run(
-        self, requests: Iterable[ChatRequest], progress: bool | Progress, *, ordered: bool
-    ) -> Iterator[tuple[int, ChatResult]]:
-        stop = threading.Event()
-        source = enumerate(requests)
-        window: deque[tuple[int, Future[ChatResult]]] = deque()
-        self._failed_in_row = 0
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="npti-chat")
-        try:
-            with progress_bar(progress, requests) as bar:
-                while True:
-                    while len(window) < _AHEAD * self._concurrency and (item := next(source, None)) is not None:
-                        window.append((item[0], pool.submit(self._answer, item[1], stop)))
-                    if not window:
-                        return
-                    if ordered:
-                        ready = [window.popleft()]
-                    else:
-                        wait([future for _, future in window], return_when=FIRST_COMPLETED)
-                        ready = [entry for entry in window if entry[1].done()]
-                        window = deque(entry for entry in window if not entry[1].done())
-                    for place, future in ready:
-                        result = future.result()
-                        if bar is not None:
-                            bar.update(1)
-                        yield place, result
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return self._endpoint.run(requests, self._answer, progress, ordered=False)
 
     def _answer(self, request: ChatRequest, stop: threading.Event) -> ChatResult:
         known = self._known(request)
@@ -230,15 +149,8 @@ class ChatClient(CachedChat):
             return known
         try:
             return self._ask(request, stop)
-        except _EndpointError as failure:
-            with self._lock:
-                self._failed_in_row += 1
-                lost = self._give_up_after is not None and self._failed_in_row >= self._give_up_after
-            if lost:
-                raise RemoteServiceError(
-                    f"{self._failed_in_row} requests in a row had no reply from {self._where}; the last: {failure}. "
-                    "What was answered is kept: run again to continue"
-                ) from None
+        except EndpointError as failure:
+            self._endpoint.failed(failure)
             return ChatResult(failure=str(failure), kind="endpoint")
 
     def _ask(self, request: ChatRequest, stop: threading.Event) -> ChatResult:
@@ -246,7 +158,7 @@ class ChatClient(CachedChat):
         if first.schema is not None:
             try:
                 result = self._result(request, first, stop)
-            except _EndpointError as failure:
+            except EndpointError as failure:
                 named = any(word in str(failure).casefold() for word in _FORMAT_WORDS)
                 if failure.status not in (_FORMAT_REFUSED if named else _CALL_REFUSED):
                     raise
@@ -263,64 +175,14 @@ class ChatClient(CachedChat):
         return read_reply(reply, request, structured=form.schema is not None, cached=cached)
 
     def _reply(self, form: Form, stop: threading.Event) -> tuple[Reply, bool]:
-        """The reply to a call: from disk, from an equal call under way, or from the endpoint."""
-        key = self._key(form)
-        while True:
-            with self._lock:
-                other = self._flying.get(key)
-                if other is None:
-                    own: Future[tuple[Reply, bool]] = Future()
-                    self._flying[key] = own
-                    break
-            try:
-                return other.result()[0], True
-            except AbandonedError:
-                if stop.is_set():
-                    raise
-        try:
-            kept = self._cache.get(key)
-            reply = kept or self._send(form, stop)
-            if kept is None:
-                self._cache.keep(key, form, self._answerer, reply)
-            own.set_result((reply, kept is not None))
-        except BaseException as error:
-            own.set_exception(error)
-            raise
-        finally:
-            with self._lock:
-                del self._flying[key]
-        return own.result()
+        tokens = self._count(form) + form.max_tokens
+        return self._ledger.reply(
+            form, lambda: self._endpoint.send(lambda api: self._call(api, form), self._read, tokens, stop), stop
+        )
 
     # -- one call ------------------------------------------------------------------------------------------------
 
-    def _send(self, form: Form, stop: threading.Event) -> Reply:
-        for attempt in range(self._retries + 1):
-            self._limiter.wait(self._count(form) + form.max_tokens, stop)
-            with self._lock:
-                self.calls += 1
-            reply, reason, pause = self._attempt(form)
-            if reply is not None:
-                with self._lock:
-                    self._failed_in_row = 0
-                return reply
-            if attempt == self._retries:
-                raise _EndpointError(f"{reason} (after {attempt + 1} attempts)")
-            if pause is not None:
-                if pause > _LONGEST_PAUSE:
-                    raise _EndpointError(f"{reason}; the endpoint asks to wait {pause:.0f} s")
-                self._limiter.hold(pause)
-            if stop.wait(max(pause or 0.0, back_off(attempt, self._pause))):
-                raise AbandonedError
-        raise AssertionError
-
-    def _attempt(self, form: Form) -> tuple[Reply | None, str, float | None]:
-        """A reply; or why there is none, and how long the endpoint asks to wait.
-
-        Raises:
-            _EndpointError: trying again is no use.
-        """
-        import openai
-
+    def _call(self, api: Any, form: Form) -> Any:
         given: dict[str, Any] = {
             "model": self._model,
             "messages": [dict(m) for m in form.messages],
@@ -334,38 +196,7 @@ class ChatClient(CachedChat):
         if form.schema is not None:
             held = {"name": "answer", "schema": form.schema, "strict": True}
             given["response_format"] = {"type": "json_schema", "json_schema": held}
-        try:
-            raw = self._openai.chat.completions.with_raw_response.create(**given, extra_body=self._extra or None)
-            body: str = raw.http_response.text
-        except openai.APITimeoutError:
-            return None, "timed out", None
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            return None, self._shown(f"no connection: {type(cause).__name__}: {cause}"), None
-        except openai.APIStatusError as error:
-            return None, self._status(error), retry_after(error.response.headers)
-        try:
-            return self._read(json.loads(body)), "", None
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            return None, self._shown(f"a reply that is no chat completion ({type(error).__name__}: {error})"), None
-
-    def _status(self, error: Any) -> str:
-        """Why a status that may pass is one; raises for those that will not."""
-        status: int = error.status_code
-        if status in (401, 403):  # what the endpoint says of a key may quote it
-            held = f"in {self._key_variable}" if self._secret else f"({self._key_variable} is not set)"
-            raise _EndpointError(f"status {status}: the endpoint does not accept the key {held}", status=status)
-        reason = self._shown(f"status {status}: {error.message}")
-        if (status in _PASSING or status >= 500) and status != 501 and error.code != "insufficient_quota":
-            return reason
-        raise _EndpointError(reason, status=status)
-
-    def _shown(self, text: str) -> str:
-        """Text from outside, without the key, and short."""
-        return self._without_key(" ".join(text.split()))[:300]
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+        return api.chat.completions.with_raw_response.create(**given, extra_body=self._extra or None)
 
     def _read(self, body: Any) -> Reply:
         (choice,) = body["choices"]
@@ -375,7 +206,7 @@ class ChatClient(CachedChat):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"text expected, got {type(value).__name__}")
             # Half of a surrogate pair is valid JSON, but no text that can be written.
-            return None if value is None else self._without_key(value).encode("utf-8", "replace").decode()
+            return None if value is None else self._endpoint.without_key(value).encode("utf-8", "replace").decode()
 
         def count(name: str) -> int | None:
             value = usage.get(name)
