@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from npti_interp.methods import METHODS, Method, Prepared, SearchData
     from npti_interp.models import Model, ModelFingerprint, generate_sweep, load_model
     from npti_interp.neurons import NeuronSet, select_lape, select_neurons
+    from npti_interp.serving import Generator, ServedGenerator, VLLMGenerator
     from npti_interp.traits import POLES, TRAITS, Pole, Trait
 
 __version__ = "0.1.0"
@@ -119,6 +120,7 @@ _HOME = {
     "methods": ("METHODS", "Method", "Prepared", "SearchData"),
     "models": ("Model", "ModelFingerprint", "generate_sweep", "load_model"),
     "neurons": ("NeuronSet", "select_lape", "select_neurons"),
+    "serving": ("Generator", "ServedGenerator", "VLLMGenerator"),
     "traits": ("POLES", "TRAITS", "Pole", "Trait"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -139,6 +141,7 @@ __all__ = [
     "EmbeddingJudge",
     "FingerprintMismatchError",
     "FrontSteering",
+    "Generator",
     "HeadShift",
     "Interval",
     "Intervention",
@@ -170,9 +173,11 @@ __all__ = [
     "ResidualSteering",
     "RunFolderError",
     "SearchData",
+    "ServedGenerator",
     "Trait",
     "UnsupportedMethodError",
     "UnsupportedModelError",
+    "VLLMGenerator",
     "audit_bench",
     "bootstrap_mean",
     "choose_threshold",

@@ -95,12 +95,19 @@ def prompt_of(body: Body) -> str:
 class ChatServer:
     """A context manager: the server runs inside the block, and is gone after it.
 
+    Attributes:
+        path: the end of the address that it answers at.
+        listing: what it answers to a GET of ``/models``; 404 without one.
+
     Args:
         answer: text of the answer to a request; or a whole completion, as a dict.
         faults: one entry a request, or a function of the request and its number.
         refuses_format: status 400 for every request with ``response_format``.
         model: the name of the model that it says answers.
     """
+
+    path = "/chat/completions"
+    listing: Body | None = None
 
     def __init__(
         self,
@@ -126,6 +133,10 @@ class ChatServer:
 
             def do_POST(self) -> None:
                 server._handle(self)
+
+            def do_GET(self) -> None:
+                known = server.listing if self.path.endswith("/models") else None
+                server._send(self, 404 if known is None else 200, json.dumps(known or {}), Fault())
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -178,7 +189,7 @@ class ChatServer:
                 self._at_once -= 1
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: Body, fault: Fault) -> None:
-        if not handler.path.endswith("/chat/completions"):
+        if not handler.path.endswith(self.path):
             fault = Fault(404, f"no such path: {handler.path}")
         elif self.refuses_format and "response_format" in body and fault.status is None:
             fault = Fault(400, "response_format is not supported by this server")

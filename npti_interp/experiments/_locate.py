@@ -8,10 +8,11 @@ from typing import Any
 
 from npti_interp.activations import DEFAULT_BLOCKS, ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
-from npti_interp.generation import Answer, Progress
+from npti_interp.generation import Answer, Decoding, Progress
 from npti_interp.models import Model
 from npti_interp.neurons import NeuronSet, select_neurons
 from npti_interp.prompts import persona_prompts
+from npti_interp.serving import Generator
 from npti_interp.traits import POLES, Pole, Trait, as_trait
 
 __all__ = ["THRESHOLDS", "Location", "choose_threshold", "collect_pole", "locate", "question_blocks"]
@@ -69,16 +70,27 @@ def collect_pole(
     n_blocks: int = DEFAULT_BLOCKS,
     batch_size: int | None = None,
     progress: bool | Progress = False,
+    generator: Generator | None = None,
 ) -> tuple[ActivationStatistics, list[Answer]]:
     """Answer ``questions`` as one pole and count which neurons fire; the half of `locate`."""
+    prompts = persona_prompts(bench, trait, pole, questions)
+    metadata: dict[str, Any] = {"trait": trait.value, "pole": pole.value, "bench": bench.digest, "model": model.name}
+    answers = None
+    if generator is not None:
+        decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
+        answers = generator.generate(
+            prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, progress=progress
+        )
+        metadata |= {"decoding": decoding.to_dict(), "generator": generator.identity()}
     return model.collect(
-        persona_prompts(bench, trait, pole, questions),
+        prompts,
+        answers,
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         blocks=question_blocks(len(questions), n_blocks),
         n_blocks=n_blocks,
         batch_size=batch_size,
-        metadata={"trait": trait.value, "pole": pole.value, "bench": bench.digest, "model": model.name},
+        metadata=metadata,
         progress=progress,
     )
 
@@ -130,6 +142,7 @@ def locate(
     n_blocks: int = DEFAULT_BLOCKS,
     batch_size: int | None = None,
     progress: bool | Progress = True,
+    generator: Generator | None = None,
 ) -> Location:
     """Find the neurons of a trait: METHOD.md section 1.
 
@@ -144,14 +157,18 @@ def locate(
         n_blocks: question blocks for standard errors.
         batch_size: rows decoded at once; changes no result.
         progress: show a bar.
+        generator: makes the answers instead of ``model``, which then only replays them: a `ServedGenerator`, say.
 
     Returns:
         statistics of both poles, the answers, and the neurons.
 
     Raises:
         ValueError: unknown trait, threshold outside (0, 1], more questions than there are, fewer than blocks.
+        FingerprintMismatchError: the generator answers with another model.
         NonFiniteActivationError: NaN or infinity in a layer.
     """
+    if generator is not None:
+        generator.fingerprint.require_same(model.fingerprint, "the generator and the model")
     wanted = as_trait(trait)
     if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise ValueError(f"threshold must lie in (0, 1] or be 'auto', got {threshold!r}")
@@ -166,6 +183,7 @@ def locate(
         pole: collect_pole(
             model, bench, wanted, pole, questions, max_new_tokens=max_new_tokens,
             repetition_penalty=repetition_penalty, n_blocks=n_blocks, batch_size=batch_size, progress=progress,
+            generator=generator,
         )
         for pole in POLES
     }  # fmt: skip
