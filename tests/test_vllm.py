@@ -12,9 +12,16 @@ import functools
 import io
 import json
 import logging
+import os
+import signal
+import socket
+import subprocess
 import sys
+import textwrap
+import time
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 from chat_server import Fault, broken_json, busy, half_body, reset, status
-from helpers import hf_model, spelling_model
+from helpers import hf_model, sigma_of, spelling_model
 from vllm_server import VLLMServer, out_of_vocabulary
 
 import npti_interp as npti
@@ -33,6 +40,7 @@ from npti_interp.errors import (
 )
 from npti_interp.interventions import NeuronEdit
 from npti_interp.models import Model
+from npti_interp.prompts import persona_prompts
 from npti_interp.serving import Agreement, Generator, ServedGenerator, VLLMGenerator
 from npti_interp.serving._base import Completion, TokenCall, checked_tokens
 
@@ -554,3 +562,124 @@ def test_without_vllm_the_other_way_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedMethodError, match=r"npti-interp\[vllm\].*ServedGenerator"):
         VLLMGenerator(ending_model())
+
+
+# -- the real one ----------------------------------------------------------------------------------------------------
+
+_VLLM = os.environ.get("NPTI_VLLM_PYTHON", "")
+_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+real_vllm = pytest.mark.skipif(not _VLLM, reason="NPTI_VLLM_PYTHON names no Python with vLLM")
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a vLLM server of the embedded model, in float32."""
+    from npti_interp.models._embedded import embedded_checkpoint
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    command = [
+        _VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded_checkpoint("smollm2-135m")),
+        "--served-model-name", "smollm2-135m", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
+    ]  # fmt: skip
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | _ENVIRONMENT, cwd=log.parent, start_new_session=True
+        )
+        try:
+            end = time.monotonic() + 600
+            while True:
+                assert process.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+                with socket.socket() as there:
+                    if there.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@real_vllm
+@pytest.mark.slow
+def test_a_real_server_gives_the_statistics_of_the_slow_road(smollm: Model, vllm_server: str, tmp_path: Path):
+    bench = npti.PersonalityBench.embedded()
+    generator = ServedGenerator(smollm, vllm_server, cache=tmp_path, concurrency=16)
+    found = npti.locate(
+        smollm, bench, "Neuroticism", n_questions=12, max_new_tokens=16, repetition_penalty=1.1, progress=False,
+        generator=generator,
+    )  # fmt: skip
+    agreement = generator.agreement
+    assert agreement is not None and agreement.difference < 1e-4 and agreement.same == agreement.choices
+    equal = 0
+    for pole, own in ((npti.Pole.HIGH, found.high), (npti.Pole.LOW, found.low)):
+        prompts = persona_prompts(bench, "Neuroticism", pole, found.questions)
+        expected = smollm.generate(prompts, max_new_tokens=16, repetition_penalty=1.1)
+        answers = found.answers[pole]
+        equal += sum(a.tokens == b.tokens for a, b in zip(answers, expected, strict=True))
+        count, near, n_tokens = by_plain_forward(smollm, prompts, answers)
+        assert int(own.n_tokens.sum()) == n_tokens == sum(len(a.tokens) - 1 for a in answers)
+        assert (np.abs(count - own.active_count.sum(axis=0).astype(int)) <= near).all()
+    assert equal >= 20, "greedy answers of two float32 engines differ in more than near-ties"
+
+
+def by_plain_forward(model: Model, prompts: Any, answers: list[npti.Answer]) -> tuple[Any, Any, int]:
+    """How often each neuron fires, and is within 1e-5 of zero, by one plain forward pass an answer; and the tokens."""
+    sigma, layers, read = sigma_of(model.hf_model), model.hf_model.model.layers, list[torch.Tensor]()
+    hooks: list[Any] = [
+        block.mlp.gate_proj.register_forward_hook(lambda _m, _i, out: read.append(sigma(out[0]))) for block in layers
+    ]
+    count = np.zeros((len(layers), model.sites.d_mlp), int)
+    near, n_tokens = count.copy(), 0
+    try:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids, fed = model.encode(prompt), answer.tokens[:-1]
+            read.clear()
+            with torch.no_grad():
+                model.hf_model(torch.tensor([[*ids, *fed]]))
+            values = torch.stack(read)[:, len(ids) :]
+            count += (values > 0).sum(dim=1).numpy()
+            near += (values.abs() < 1e-5).sum(dim=1).numpy()
+            n_tokens += len(fed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count, near, n_tokens
+
+
+_IN_PROCESS = textwrap.dedent("""
+    import npti_interp as npti
+
+    if __name__ == "__main__":
+        prompts = ["What did you do today?", "Describe your best friend.", "Is it good to be alone?"]
+        model = npti.load_model("smollm2-135m")
+        generator = npti.VLLMGenerator(model, max_model_len=1024, max_num_seqs=16, enforce_eager=True)
+        made = generator.generate(prompts, max_new_tokens=12, repetition_penalty=1.1)
+        expected = model.generate(prompts, max_new_tokens=12, repetition_penalty=1.1)
+        assert generator.agreement.difference < 1e-4, generator.agreement
+        print("same answers:", sum(a.tokens == b.tokens for a, b in zip(made, expected)))
+""")
+
+
+@real_vllm
+@pytest.mark.slow
+def test_real_vllm_in_one_process_with_the_hooked_model(tmp_path: Path):
+    root = str(Path(npti.__file__).parents[1])
+    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": root}
+    probe = subprocess.run(
+        [_VLLM, "-c", "import transformer_lens, nnsight, npti_interp.models"], env=environment, capture_output=True
+    )
+    if probe.returncode:
+        pytest.skip(f"{_VLLM} has not what npti_interp needs: {probe.stderr.decode()[-200:]}")
+    script = tmp_path / "in_process.py"
+    script.write_text(_IN_PROCESS)
+    done = subprocess.run([_VLLM, str(script)], env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "same answers: 3" in done.stdout
