@@ -178,10 +178,17 @@ def test_the_server_is_compared_before_anything_is_asked():
         assert len(server.received) - len(server.asked) == checks
 
 
-def test_another_model_is_refused():
-    with VLLMServer(ending_model(seed=4)) as server:
+@pytest.mark.parametrize(("same_end", "words"), [(True, "log-probabilities are off by"), (False, "ends answers at")])
+def test_another_model_is_refused(same_end: bool, words: str):
+    other = ending_model(seed=4)
+    if same_end:
+        plain = copy.deepcopy(other.hf_model)
+        (end,) = ending_model()._stop_tokens()
+        plain.generation_config.eos_token_id = plain.config.eos_token_id = end
+        other = Model(plain, other.tokenizer, "other")
+    with VLLMServer(other) as server:
         generator = served(ending_model(), server)
-        with pytest.raises(FingerprintMismatchError, match="log-probabilities are off by"):
+        with pytest.raises(FingerprintMismatchError, match=words):
             generator.generate(PROMPTS, max_new_tokens=N_NEW)
         assert server.asked == [] and generator.agreement is None
 
@@ -547,7 +554,7 @@ def test_in_one_process_another_model_is_refused(fake_vllm: types.ModuleType, mo
     model = ending_model()
     with pytest.raises(FingerprintMismatchError, match="vocabulary has 98 tokens and that of ending 97"):
         VLLMGenerator(model, engine=FakeEngine(model, 98))
-    with pytest.raises(FingerprintMismatchError, match="log-probabilities are off"):
+    with pytest.raises(FingerprintMismatchError, match="log-probabilities are off|ends answers at"):
         VLLMGenerator(model, engine=FakeEngine(ending_model(seed=4))).generate(PROMPTS)
     with pytest.raises(ValueError, match="not both"):
         VLLMGenerator(model, "somewhere", engine=FakeEngine(model))

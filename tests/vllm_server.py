@@ -81,7 +81,13 @@ class VLLMServer(ChatServer):
             choice |= {"token_ids": None, "prompt_token_ids": None}
         if self._spoils is not None and body in self.asked:
             choice = self._spoils(choice)
-        return {"id": "cmpl-0", "object": "text_completion", "model": self.model, "choices": [choice], "usage": {}}
+        return {
+            "id": "cmpl-0",
+            "object": "text_completion",
+            "model": self.model,
+            "choices": [choice],
+            "usage": {"completion_tokens": len(tokens)},
+        }
 
 
 def out_of_vocabulary(body: Body, size: int) -> Fault | None:

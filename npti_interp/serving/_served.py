@@ -203,6 +203,14 @@ class ServedGenerator(TokenGenerator):
         ended: Any = choice.get("stop_reason")
         if isinstance(ended, str):
             ended = self._endpoint.without_key(ended)[:80]
+        counted: Any = (body.get("usage") or {}).get("completion_tokens")
+        if (
+            ended is None
+            and choice["finish_reason"] == "stop"
+            and choice["token_ids"]
+            and counted == len(choice["token_ids"])
+        ):
+            ended = choice["token_ids"][-1]  # no token was left out, so it is the last that ended the answer
         return Completion(
             tuple(choice["token_ids"]), choice["finish_reason"], ended,
             None if scores is None else tuple(scores),

@@ -101,7 +101,10 @@ class VLLMGenerator(TokenGenerator):
                 scores = None
                 if call.scored and output.logprobs is not None:
                     scores = tuple(p[t].logprob for p, t in zip(output.logprobs, output.token_ids, strict=True))
-                completion = Completion(tuple(output.token_ids), output.finish_reason, output.stop_reason, scores)
+                tokens, ended = tuple(output.token_ids), output.stop_reason
+                if ended is None and output.finish_reason == "stop":
+                    ended = tokens[-1]  # the model's own end token is not named, but it is always there
+                completion = Completion(tokens, output.finish_reason, ended, scores)
                 checked_tokens(call, completion, self._vocabulary)
                 yield completion
             if bar is not None:
