@@ -39,7 +39,7 @@ EXECUTE := import pathlib, sys, jupytext, nbclient, nbformat; \
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-slow test-ndif check notebooks ndif-up ndif-down ndif-status clean distclean
+.PHONY: help setup reproduce test test-slow test-ndif check notebooks benchmark soak ndif-up ndif-down ndif-status clean distclean
 
 help: ## print this
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -141,6 +141,13 @@ notebooks: setup ## execute notebooks/*.py into the .ipynb beside each
 	@set -eu; for script in $(NOTEBOOKS); do \
 		echo "Executing $$script"; $(BIN)/python -c '$(EXECUTE)' "$$script" "$${script%.py}.ipynb"; \
 	done
+
+# ARGS: names of benchmarks (decode collect select sweep locate growth limit), --quick, --model llama-3-8b --device cuda ...
+benchmark: setup ## measure, side by side; report in runs/benchmarks (ARGS="decode --quick" for some, small)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: setup ## two hours of everything, round after round: nothing may grow (ARGS="--minutes 5" for less)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # NDIF_MODELS: tiny-llama (the default) and, for the embedded model, smollm2-135m. tests/ndif/README.md has the rest.
 NDIF := $(BIN)/python tests/ndif/server/control.py
