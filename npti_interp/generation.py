@@ -422,8 +422,7 @@ class LocalEngine:
         counted = _Counted(collector)
         state = Pass(edits, _WITHIN, wanted="value", take=counted.take if collector is not None else None)
         out: list[list[int]] = [[] for _ in rows]
-        # A collector checks by itself, and names the layer.
-        chooser = _Chooser(rows, decoding, check=collector is None)
+        chooser = _Chooser(rows, decoding, collector)
         # What a row's prompt pass takes in: with edit_prompt_end the last prompt token is fed by itself, edited.
         fed = [row.prompt[:-1] if early[row.intervention] else row.prompt for row in rows]
         # Rows of one key share a pass over the prompt.
@@ -867,15 +866,25 @@ def _gather_log_prob(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, " n"]
 
 
 class _Chooser:
-    """Chooses each row's next token."""
+    """Chooses each row's next token.
 
-    def __init__(self, rows: Sequence[Row], decoding: Decoding, *, check: bool) -> None:
-        self._rows, self._check = rows, check
+    Args:
+        rows: their keys seed what is drawn.
+        decoding: how.
+        collector: checks values before the logits come, and names the layer.
+    """
+
+    def __init__(self, rows: Sequence[Row], decoding: Decoding, collector: ActivationCollector | None) -> None:
+        self._rows, self._collector = rows, collector
         self._decoding = decoding.to_dict()
         self._streams = generators(self._decoding, [row.key for row in rows])
 
     def choose(self, logits: Float[Tensor, "row vocab"], which: Any, out: Sequence[Sequence[int]]) -> list[int]:
-        if self._check and not torch.isfinite(logits.amax(dim=-1)).all():
+        # Nothing can be drawn by probabilities that are NaN; the largest of such logits does no harm meanwhile.
+        unchecked = self._collector is None or self._collector.deferred or bool(self._streams)
+        if unchecked and not torch.isfinite(logits.amax(dim=-1)).all():
+            if self._collector is not None:
+                self._collector.check()
             raise NonFiniteActivationError(
                 "NaN or infinite logits while generating: an edit with too large a γ, half precision overflowing, or "
                 "damaged weights do this; `collect_activations` names the layer"
