@@ -11,6 +11,7 @@ the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The publ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from npti_interp import _sketch
 from npti_interp._coarse import CoarseSketch
+from npti_interp._device import DeviceReducer, not_finite
 from npti_interp._files import library_versions, read_tensors, write_tensors
 from npti_interp._sketch import QuantileSketch
-from npti_interp.errors import ArtifactError, NonFiniteActivationError
+from npti_interp.errors import ArtifactError
 from npti_interp.models._fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ __all__ = ["ActivationCollector", "ActivationStatistics", "collect_activations"]
 DEFAULT_BLOCKS = 8
 SITE = "ffn_activation"
 """The site's name in files: the output of the FFN's activation function, before any product."""
+
+WAYS = ("auto", "host", "device")
+"""How a collector reduces values; see `ActivationCollector`."""
 
 _KIND = "ActivationStatistics"
 _VERSION = 1
@@ -283,14 +288,32 @@ def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
 class ActivationCollector:
     """Takes in neuron values layer by layer while a model runs, and reduces them at once.
 
+    Values on a CPU are reduced by compiled loops (`npti_interp._sketch`), those on any other device there, without
+    waiting for it (`npti_interp._device`, not timed on such hardware as yet). Both give the same counts, moments to
+    float32's precision, and percentiles with the same promise; where a layer's values are when its first come in
+    decides which it is.
+
     Args:
         fingerprint: the model's.
         n_blocks: question blocks to count apart.
+        reduce: ``"host"`` copies all values to the host first, ``"device"`` takes the device's way on a CPU too, and
+            ``"auto"`` chooses. By default what the environment variable ``NPTI_REDUCE`` says, else ``"auto"``.
+
+    Raises:
+        ValueError: fewer than two blocks, or no such way to reduce.
     """
 
-    def __init__(self, fingerprint: ModelFingerprint, n_blocks: int = DEFAULT_BLOCKS) -> None:
+    def __init__(
+        self, fingerprint: ModelFingerprint, n_blocks: int = DEFAULT_BLOCKS, *, reduce: str | None = None
+    ) -> None:
         if n_blocks < 2:
             raise ValueError(f"at least 2 question blocks are needed for a standard error, got {n_blocks}")
+        self._way = reduce or os.environ.get("NPTI_REDUCE") or "auto"
+        if self._way not in WAYS:
+            raise ValueError(
+                f"values can be reduced in the ways {', '.join(WAYS)}, got {self._way!r} "
+                f"({'the argument reduce' if reduce else 'the environment variable NPTI_REDUCE'})"
+            )
         layers, neurons = fingerprint.n_layers, fingerprint.d_mlp
         self._fingerprint = fingerprint
         self.n_blocks = n_blocks
@@ -302,9 +325,24 @@ class ActivationCollector:
         self._sketch: QuantileSketch | CoarseSketch | None = None
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
+        self._device = DeviceReducer(layers, neurons, n_blocks)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether values that are not finite may go unnoticed for some steps, as they are on a device; see `check`."""
+        return bool(self._device)
+
+    def check(self) -> None:
+        """Look now whether all values were finite; `result` does so too.
+
+        Raises:
+            NonFiniteActivationError: one was not; names the first layer.
+        """
+        self._device.check()
 
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:
         """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
+        self._device.flush()
         coming = int(self._tokens.sum()) + len(blocks)
         if coming > np.iinfo(np.int32).max:
             raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
@@ -317,26 +355,29 @@ class ActivationCollector:
 
         Args:
             layer: which layer.
-            values: neuron values.
+            values: neuron values. On a device they are not copied, and must not be changed before the next `begin`.
             rows: the rows of ``values`` that hold a token to count.
             blocks: their blocks.
 
         Raises:
-            NonFiniteActivationError: NaN or infinity among them.
+            NonFiniteActivationError: NaN or infinity among them; on a device, or among values of earlier passes.
         """
         if self._sketch is None:
             self._sketch = QuantileSketch.empty(self._size)
         assert isinstance(self._sketch, QuantileSketch)
+        if layer in self._device or (
+            self._seen[layer] == 0 and self._way != "host" and (values.device.type != "cpu" or self._way == "device")
+        ):
+            self._device.add(layer, values, rows, blocks)
+            return
         array = values.detach().to("cpu", torch.float32).contiguous().numpy()
         start = layer * self._neurons
         if not _sketch.accumulate(
             array, rows, blocks, self._counts[layer], self._mean[layer], self._m2[layer], int(self._seen[layer]),
             self._sketch, start, start + self._neurons,
         ):  # fmt: skip
-            raise NonFiniteActivationError(
-                f"layer {layer}: NaN or infinite neuron values (first of their kind; earlier layers were finite). "
-                "Half precision overflowing, damaged weights, or an edit with too large a γ do this"
-            )
+            self._device.check()  # what an earlier layer holds there has not been looked at yet
+            raise not_finite(layer)
         self._seen[layer] += len(rows)
 
     def absorb(self, counted: Mapping[str, Tensor]) -> None:
@@ -364,11 +405,16 @@ class ActivationCollector:
 
         Raises:
             ValueError: no token was counted.
+            NonFiniteActivationError: NaN or infinity among values on a device.
         """
         if self._sketch is None or self._tokens.sum() == 0:
             raise ValueError(
                 "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
             )
+        self._device.check()
+        for part in self._device.parts:
+            assert isinstance(self._sketch, QuantileSketch)
+            part.download(self._counts, self._mean, self._m2, self._sketch)
         return ActivationStatistics(
             np.ascontiguousarray(self._counts.transpose(1, 0, 2)),
             self._tokens.copy(),

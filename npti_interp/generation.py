@@ -641,8 +641,7 @@ class LocalEngine:
         counted = _Counted(collector, len(rows))
         state = Pass(edits, _WITHIN, wanted="value", take=counted.take if collector is not None else None)
         out: list[list[int]] = [[] for _ in rows]
-        # A collector checks by itself, and names the layer.
-        chooser = _Chooser(rows, decoding, check=collector is None)
+        chooser = _Chooser(rows, decoding, collector)
         # What a row's prompt pass takes in: with edit_prompt_end the last prompt token is fed by itself, edited.
         fed = [row.prompt[:-1] if early[row.intervention] else row.prompt for row in rows]
         # Rows of one key share a pass over the prompt.
@@ -1088,7 +1087,8 @@ class _Counted:
         self._places, self._blocks, self._rows, self._pass = places[new], blocks[new], rows[new], steps[new]
         self._first, self._taken = self._layers[self._rows], 0
         if (fresh := self._first == 0).any():
-            self._collector.begin(self._blocks[fresh])
+            with _final_memory():
+                self._collector.begin(self._blocks[fresh])
 
     def take(self, layer: int, values: Float[Tensor, "row pos d_mlp"]) -> None:
         """Take in a layer."""
@@ -1099,12 +1099,8 @@ class _Counted:
             due = self._first <= layer
             places, blocks = places[due], blocks[due]
         if len(places):
-            try:
+            with _final_memory():
                 self._collector.add(layer, values.reshape(-1, values.shape[-1]), places, blocks)
-            except Exception as error:
-                if is_out_of_memory(error):  # half an update cannot be taken back, so this must end the call
-                    raise MemoryError("no memory was left to count neurons; decode fewer rows at once") from error
-                raise
         self._taken = layer + 1
 
     def finish(self) -> None:
@@ -1116,6 +1112,17 @@ class _Counted:
         """The pass, if one has begun, has failed and will be repeated."""
         self._layers[self._rows] = np.maximum(self._first, self._taken)
         self._places = self._blocks = self._rows = self._pass = self._first = np.zeros(0, np.int64)
+
+
+@contextlib.contextmanager
+def _final_memory() -> Generator[None]:
+    """Where a collector lacks memory the call ends: half an update cannot be taken back."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError("no memory was left to count neurons; decode fewer rows at once") from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1254,15 +1261,25 @@ def _gather_log_prob(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, " n"]
 
 
 class _Chooser:
-    """Chooses each row's next token."""
+    """Chooses each row's next token.
 
-    def __init__(self, rows: Sequence[Row], decoding: Decoding, *, check: bool) -> None:
-        self._rows, self._check = rows, check
+    Args:
+        rows: their keys seed what is drawn.
+        decoding: how.
+        collector: checks values before the logits come, and names the layer.
+    """
+
+    def __init__(self, rows: Sequence[Row], decoding: Decoding, collector: ActivationCollector | None) -> None:
+        self._rows, self._collector = rows, collector
         self._decoding = decoding.to_dict()
         self._streams = generators(self._decoding, [row.key for row in rows])
 
     def choose(self, logits: Float[Tensor, "row vocab"], which: Any, out: Sequence[Sequence[int]]) -> list[int]:
-        if self._check and not torch.isfinite(logits.amax(dim=-1)).all():
+        # Nothing can be drawn by probabilities that are NaN; the largest of such logits does no harm meanwhile.
+        unchecked = self._collector is None or self._collector.deferred or bool(self._streams)
+        if unchecked and not torch.isfinite(logits.amax(dim=-1)).all():
+            if self._collector is not None:
+                self._collector.check()
             raise NonFiniteActivationError(
                 "NaN or infinite logits while generating: an edit with too large a γ, half precision overflowing, or "
                 "damaged weights do this; `collect_activations` names the layer"
