@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -279,20 +280,22 @@ class Model:
 
     @contextlib.contextmanager
     def _damage_named(self) -> Generator[None]:
-        """Add to an error about NaN which weights are damaged, where it is weights that are."""
+        """Where damaged weights are behind an error about NaN, say so, and which they are."""
         try:
             yield
         except NonFiniteActivationError as error:
             damaged = [
                 name
                 for name, own in self.hf_model.named_parameters()
-                if own.device.type != "meta" and own.is_floating_point() and not torch.isfinite(own).all()
+                if own.device.type != "meta" and not torch.isfinite(own).all()
             ]
             if not damaged:
                 raise
+            layer = re.search(r"\.(\d+)\.", damaged[0])
+            where = f"layer {layer[1]}: " if layer else ""
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise NonFiniteActivationError(
-                f"{error}. The weights are damaged: NaN or infinity in {damaged[0]}{more}; load the model anew"
+                f"{where}NaN or infinity in the weights {damaged[0]}{more}: they are damaged; load the model anew"
             ) from error
 
     def generate(
