@@ -34,8 +34,6 @@ class Published:
         fingerprint: the model's.
     """
 
-    deferred = False
-
     def __init__(self, fingerprint: ModelFingerprint) -> None:
         self._shape = fingerprint.n_layers, fingerprint.d_mlp
         self._edges = torch.arange(301) * 0.01
@@ -82,7 +80,6 @@ class Timed:
 
     def __init__(self, of: Any) -> None:
         self._of, self.seconds = of, 0.0
-        self.deferred = False
 
     def begin(self, *args: Any) -> None:
         """See `ActivationCollector`."""
@@ -108,8 +105,6 @@ class Kept:
     Args:
         n_layers: of the model.
     """
-
-    deferred = False
 
     def __init__(self, n_layers: int) -> None:
         self.layers: list[list[Tensor]] = [[] for _ in range(n_layers)]

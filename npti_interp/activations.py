@@ -327,11 +327,6 @@ class ActivationCollector:
         self._tokens = np.zeros(n_blocks, np.int64)
         self._device = DeviceReducer(layers, neurons, n_blocks)
 
-    @property
-    def deferred(self) -> bool:
-        """Whether values that are not finite may go unnoticed for some steps, as they are on a device; see `check`."""
-        return bool(self._device)
-
     def check(self) -> None:
         """Look now whether all values were finite; `result` does so too.
 

@@ -93,11 +93,13 @@ def reproduce(
 
     from npti_interp.experiments import PRESETS
     from npti_interp.experiments import reproduce as run
+    from npti_interp.runs import require_usable
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     config = replace(PRESETS[preset], model=model) if model else PRESETS[preset]
     folder = out or Path("runs") / preset
+    require_usable(folder)  # before the model is loaded
     try:
         result = run(config, folder, model=_load(config.model, dtype, device, backend, remote), bench=_bench(bench))
     except KeyboardInterrupt:
@@ -189,9 +191,7 @@ def inspect(
         raise FileNotFoundError(f"nothing at {path}")
     if path.is_dir():
         if (path / "config.json").is_file():
-            from npti_interp.experiments import ReproduceResult
-
-            typer.echo(ReproduceResult.load(path).summary())
+            typer.echo(_result_in(path).summary())
         else:
             bench = _bench(path)
             typer.echo(f"{bench!r}\n{bench.report}")
@@ -202,6 +202,19 @@ def inspect(
         if "ActivationStatistics" not in str(error):
             raise
         typer.echo(repr(ActivationStatistics.load(path)))
+
+
+def _result_in(folder: Path) -> Any:
+    """What a finished run folder holds, whichever command made it."""
+    from npti_interp._files import read_json
+    from npti_interp.bench.construction import BuildResult
+    from npti_interp.experiments import EXPERIMENTS, ReproduceResult
+
+    about = read_json(folder / "config.json")
+    if isinstance(about, dict) and "build" in about:
+        return BuildResult.load(folder)
+    name = about.get("experiment") if isinstance(about, dict) else None
+    return (EXPERIMENTS[name].result if name in EXPERIMENTS else ReproduceResult).load(folder)
 
 
 def _describe_neurons(neurons: Any) -> None:
@@ -238,8 +251,9 @@ def experiment(
 
     Stop it whenever you like; called again, it continues where it was.
     """
-    from npti_interp._files import read_json
     from npti_interp.experiments import EXPERIMENTS, Lab
+    from npti_interp.experiments._lab import finished_run
+    from npti_interp.runs import require_usable
 
     names = list(EXPERIMENTS) if name == "all" else [name]
     for own in names:
@@ -247,9 +261,10 @@ def experiment(
             raise ValueError(f"unknown experiment {own!r}; choose one of {', '.join(EXPERIMENTS)}, or all")
         if preset not in EXPERIMENTS[own].presets:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(EXPERIMENTS[own].presets)}")
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} holds no run; `npti reproduce --out {run}` makes one")
-    wanted = read_json(run / "config.json")["settings"]["model"]
+    about = finished_run(run, "reproduce", f"`npti reproduce --out {run}` makes or continues one")
+    for own in names:
+        require_usable(run / own)  # before the model is loaded
+    wanted = about["settings"]["model"]
     lab = Lab.from_run(run, model=_load(wanted, dtype, device, backend, remote), bench=_bench(bench))
     for own in names:
         try:
@@ -268,12 +283,15 @@ def figures(
 ) -> None:
     """Draw the figures of a finished RUN and of the experiments in it anew; no model is needed."""
     from npti_interp.experiments import EXPERIMENTS, ReproduceResult, write_figures
+    from npti_interp.runs import at_work_in
 
     folder = run or Path("runs") / preset
-    written = write_figures(ReproduceResult.load(folder), out)
-    for name, own in EXPERIMENTS.items():
-        if (folder / name / "summary.md").is_file():
-            written += own.result.load(folder / name).save_figures(out)
+    found = ReproduceResult.load(folder)
+    with at_work_in(out):
+        written = write_figures(found, out)
+        for name, own in EXPERIMENTS.items():
+            if (folder / name / "summary.md").is_file():
+                written += own.result.load(folder / name).save_figures(out)
     for path in written:
         typer.echo(str(path))
 

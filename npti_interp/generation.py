@@ -273,24 +273,45 @@ class Pass:
     take: Callable[[int, Tensor], None] | None = None
 
 
-def hook_sites(modules: Mapping[str, Sequence[nn.Module]], state: Pass) -> list[Any]:
+def hook_sites(modules: Mapping[str, Sequence[nn.Module]], state: Pass) -> Generator[Any]:
     """Put hooks on the modules that ``state`` edits or reads now, and on no others; they do what it says when called.
 
     Args:
         modules: by site, a module a layer (`FFNSites.modules`).
         state: may be changed between two passes.
 
-    Returns:
-        the hooks' handles.
+    Yields:
+        each hook's handle, once it is there: for `hooked`.
     """
-    handles: list[Any] = []
     for site in SITES:
         for layer, module in enumerate(modules[site]):
             reads = state.take is not None and state.wanted == site
             if reads or (state.edits is not None and site in state.sites and layer in state.edits.tables[site]):
                 register = module.register_forward_pre_hook if site in INPUTS else module.register_forward_hook
-                handles.append(register(_hook(site, layer, state)))
-    return handles
+                yield register(_hook(site, layer, state))
+
+
+@contextlib.contextmanager
+def hooked(registering: Iterable[Any]) -> Generator[None]:
+    """Inside the block hooks are there, and after it they are gone, also if putting them there was interrupted.
+
+    Args:
+        registering: registers one hook after the other while it is read, and gives their handles.
+    """
+    handles: list[Any] = []
+    try:
+        handles.extend(registering)  # what it gave before it was interrupted is kept
+        yield
+    finally:
+        try:
+            _remove(handles)
+        finally:  # an interrupt may fall into the line above; removing a hook twice does nothing
+            _remove(handles)
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _hook(site: str, layer: int, state: Pass) -> Callable[..., Any]:
@@ -470,13 +491,8 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _hooked(self, state: Pass) -> Generator[None]:
-        handles = hook_sites(self._modules, state)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(hook_sites(self._modules, state)), torch.no_grad():
+            yield
 
     def _edits(self, interventions: Sequence[Intervention | None]) -> Edits:
         return Edits(edit_plan(interventions, self._sites), self.device)
@@ -1275,14 +1291,13 @@ class _Chooser:
         self._streams = generators(self._decoding, [row.key for row in rows])
 
     def choose(self, logits: Float[Tensor, "row vocab"], which: Any, out: Sequence[Sequence[int]]) -> list[int]:
-        # Nothing can be drawn by probabilities that are NaN; the largest of such logits does no harm meanwhile.
-        unchecked = self._collector is None or self._collector.deferred or bool(self._streams)
-        if unchecked and not torch.isfinite(logits.amax(dim=-1)).all():
+        # Also beside a collector, which names the layer but does not see what lies behind the last layer's neurons.
+        if not torch.isfinite(logits.amax(dim=-1)).all():
             if self._collector is not None:
                 self._collector.check()
             raise NonFiniteActivationError(
                 "NaN or infinite logits while generating: an edit with too large a γ, half precision overflowing, or "
-                "damaged weights do this; `collect_activations` names the layer"
+                "damaged weights do this; `collect_activations` names the layer in which they begin"
             )
         penalised = self._decoding["repetition_penalty"] != 1.0
         seen = [[*self._rows[r].prompt, *out[r]] for r in which] if penalised else None

@@ -367,6 +367,8 @@ def _translated(error: Exception) -> Exception:
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
+    seen: set[int] = set()  # an exception that is raised a second time makes the chain a ring
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

@@ -183,11 +183,14 @@ class EmbeddingFit:
             ArtifactError: damaged, or something else.
         """
         arrays, about = read_tensors(path, _KIND, _VERSION)
-        high, low, ids = arrays["held_high"], arrays["held_low"], tuple(about.pop("held_questions"))
-        return cls(
-            weights=arrays["weights"], quality=pole_quality(high, low, ids), held_high=high, held_low=low,
-            held_questions=ids, **about,
-        )  # fmt: skip
+        try:
+            high, low, ids = arrays["held_high"], arrays["held_low"], tuple(about.pop("held_questions"))
+            return cls(
+                weights=arrays["weights"], quality=pole_quality(high, low, ids), held_high=high, held_low=low,
+                held_questions=ids, **about,
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} lacks or has too much of something: {error}") from error
 
 
 class EmbeddingJudge:
@@ -281,7 +284,7 @@ class EmbeddingJudge:
         """Use a fit made earlier (a resumed run).
 
         Raises:
-            ArtifactError: it was made with another embedder or on another bench.
+            ArtifactError: it was made with another embedder, on another bench or for another trait.
         """
         if fit.embedder != _embedder()[1]:
             raise ArtifactError(
@@ -290,6 +293,11 @@ class EmbeddingJudge:
             )
         if fit.bench != self._bench.digest:
             raise ArtifactError(f"the judge of {as_trait(trait)} was fitted on another bench than {self._bench.name!r}")
+        search = {q.id for q in self._bench.questions(trait, "search")}
+        if strange := [own for own in fit.held_questions if own not in search]:
+            raise ArtifactError(
+                f"the judge given as that of {as_trait(trait)} was fitted on {strange[0]}, a question of another trait"
+            )
         self._fits[as_trait(trait)] = fit
 
     def fit_of(self, trait: Trait | str) -> EmbeddingFit:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from npti_interp.errors import NonFiniteActivationError
 from npti_interp.experiments._lab import Lab, Session
+from npti_interp.generation import hooked
 from npti_interp.models import Model
 from npti_interp.neurons import NeuronSet
 from npti_interp.prompts import eliciting_personas, persona_prompts
@@ -158,15 +159,6 @@ def _second_factor(model: Model, layer: int) -> tuple[nn.Module, int]:
     return cast(nn.Module, mlp.up_proj), 0
 
 
-@contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Generator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Replayer:
     """Sums over answer tokens, and the largest values so far of the chosen neurons."""
 
@@ -299,6 +291,7 @@ def replay_answers(
 
     Raises:
         ValueError: unequal numbers, an empty prompt, or no answer token at all; the weights are not here.
+        NonFiniteActivationError: NaN or infinity in a layer.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
@@ -310,7 +303,7 @@ def replay_answers(
     work = _Replayer(model, neurons, n_examples)
     whole = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
     order = [k for k in sorted(range(len(whole)), key=lambda k: len(whole[k])) if len(answers[k])]
-    with _hooked(list(work.hooks())), torch.no_grad():
+    with hooked(work.hooks()), torch.no_grad():
         for start in range(0, len(order), _REPLAY_ROWS):
             batch = order[start : start + _REPLAY_ROWS]
             width = max(len(whole[k]) for k in batch)
@@ -326,6 +319,12 @@ def replay_answers(
             work.start = np.array([len(prompts[k]) for k in batch], np.int64)
             work.n_tokens += int(mask.sum())
             hf.base_model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+            if not np.isfinite(work.contribution).all():  # of all that is summed this sees the most
+                layer = int(np.flatnonzero(~np.isfinite(work.contribution).all(axis=1))[0])
+                raise NonFiniteActivationError(
+                    f"layer {layer}: NaN or infinity in what its neurons send on: half precision overflowing or damaged "
+                    "weights do this"
+                )
             if progress is not None:
                 progress.update(len(batch))
     return work.result()

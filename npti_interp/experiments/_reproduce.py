@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from npti_interp import figures
-from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp._files import read_json, write_json
 from npti_interp.activations import ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.evaluation import (
@@ -39,6 +39,7 @@ from npti_interp.experiments._lab import (
     answer_conditions,
     answer_rows,
     decoding_cost,
+    finished_run,
     interval_columns,
     judge_conditions,
     run_identity,
@@ -50,7 +51,7 @@ from npti_interp.interventions import NeuronEdit
 from npti_interp.models import Model, load_model
 from npti_interp.neurons import NeuronSet, select_neurons
 from npti_interp.prompts import eliciting_personas, persona_prompts
-from npti_interp.runs import RunFolder, read_table, verify_folder, write_table
+from npti_interp.runs import RunFolder, read_table, require_usable, write_table
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
 
 __all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "edit_against_random", "reproduce"]
@@ -264,12 +265,8 @@ class ReproduceResult:
             ArtifactError: a file is damaged.
         """
         path = Path(folder)
-        if not (path / "summary.md").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one"
-            )
-        verify_folder(path)
-        settings = read_json(path / "config.json")["settings"]
+        about = finished_run(path, "reproduce", f"`npti reproduce --out {path}` makes or continues one")
+        settings = about["settings"]
         given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         config = ReproduceConfig(**given)
         return _summarise(path, config)
@@ -426,6 +423,7 @@ def reproduce(
         ValueError: unknown preset or bad settings.
         RunFolderError: the folder belongs to other settings, or another process works in it.
         ArtifactError: a file of the folder is damaged.
+        OSError: the folder cannot be written; raised before the model is loaded.
     """
     if isinstance(config, str):
         if config not in PRESETS:
@@ -435,6 +433,7 @@ def reproduce(
     for trait in config.traits:  # asks for more questions than there are: raises before any work
         bench.questions(trait, "search", config.n_search)
         bench.questions(trait, "test", max(config.n_test, config.n_dose if trait == config.dose_trait else 0))
+    require_usable(folder)
     if missing := embedder_available():
         warnings.warn(f"no second opinion by the embedding judge: {missing}", stacklevel=2)
     model = model or load_model(config.model)
@@ -891,11 +890,8 @@ def _finish(run: RunFolder, config: ReproduceConfig) -> ReproduceResult:
         "table.tex": styled(result.table).to_latex(hrules=True),
         "summary.md": result.summary(),
     }
-    for name, text in texts.items():
-        write_atomic(run.path / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-        run.record(name)
-    made = write_figures(result, run.path / "figures")
-    run.record(*(str(path.relative_to(run.path)) for path in made))
+    run.texts(texts)
+    run.figures(lambda folder: write_figures(result, folder))
     return result
 
 

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from scipy import special as _special
 
-from npti_interp._files import write_atomic
 from npti_interp.evaluation import Interval, benjamini_hochberg, bootstrap_mean, sign_flip_test
 from npti_interp.experiments._lab import (
     Condition,
@@ -291,9 +290,7 @@ def several_traits(
             "answers/tokens.parquet", lambda: _token_table(session, config, Meter(session.bar, cost / replays))
         )
         result = SeveralTraitsResult.from_folder(session.run.path, config)
-        page = result.answers_html()
-        write_atomic(session.run.path / "answers.html", lambda path: path.write_text(page, encoding="utf-8"))
-        session.run.record("answers.html")
+        session.run.texts({"answers.html": result.answers_html()})
         session.finish(result)
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from npti_interp.backends import (
     TransformerLensBackend,
 )
 from npti_interp.errors import NonFiniteActivationError
-from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, require_room
+from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, hooked, require_room
 from npti_interp.interventions import Intervention, edit_plan, stack
 from npti_interp.models._fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint, fingerprint_model
 from npti_interp.models._sites import FFNSites, find_sites
@@ -266,18 +267,36 @@ class Model:
             FingerprintMismatchError: the neurons belong to another model.
         """
         self.require_weights("editing the plain Hugging Face model (pass intervention= to generate instead)")
-        whole = self._checked(intervention)
-        assert whole is not None
-        handles = _hook_plain_model(self.hf_model, self.sites, intervention)
-        self._active.append(intervention)
-        try:
-            yield self
-        finally:
-            self._active.pop()
-            for handle in handles:
-                handle.remove()
+        self._checked(intervention)
+        outer = self._active
+        with _hooked_plain_model(self.hf_model, self.sites, intervention):
+            try:
+                self._active = [*outer, intervention]
+                yield self
+            finally:
+                self._active = outer
 
     # -- work ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Generator[None]:
+        """Where damaged weights are behind an error about NaN, say so, and which they are."""
+        try:
+            yield
+        except NonFiniteActivationError as error:
+            damaged = [
+                name
+                for name, own in self.hf_model.named_parameters()
+                if own.device.type != "meta" and not torch.isfinite(own).all()
+            ]
+            if not damaged:
+                raise
+            layer = re.search(r"\.(\d+)\.", damaged[0])
+            where = f"layer {layer[1]}: " if layer else ""
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise NonFiniteActivationError(
+                f"{where}NaN or infinity in the weights {damaged[0]}{more}: they are damaged; load the model anew"
+            ) from error
 
     def generate(
         self,
@@ -402,7 +421,8 @@ class Model:
         rows = [Row(encoded[k], c, key=k) for k, c in pairs]
         with _bar(progress, len(rows), "generate") as bar:
             most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
-            tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
+            with self._damage_named():
+                tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
         return [self._decode(t) for t in tokens]
 
     def collect(
@@ -433,7 +453,7 @@ class Model:
         rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
         edits = [self._checked(intervention)]
         described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
-        with _bar(progress, len(rows), "collect") as bar:
+        with _bar(progress, len(rows), "collect") as bar, self._damage_named():
             if answers is None:
                 decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
                 most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
@@ -510,13 +530,20 @@ class Model:
         Raises:
             ValueError: unequal lengths, an intervention that cannot be replayed, or a prompt too short for it.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity in the model.
         """
         encoded = self._encode_all(prompts)
         if len(encoded) != len(continuations):
             raise ValueError(f"{len(encoded)} prompts but {len(continuations)} lists of continuations")
         tokens = [[self.encode_answer(text) for text in texts] for texts in continuations]
-        with _bar(progress, len(encoded), "score") as bar:
+        with _bar(progress, len(encoded), "score") as bar, self._damage_named():
             sums = self.backend.log_likelihoods(encoded, tokens, self._checked(intervention), progress=bar)
+            for index, own in enumerate(sums):
+                if not np.isfinite(own).all():
+                    raise NonFiniteActivationError(
+                        f"prompt {index}: NaN or infinite log-likelihood: {_CAUSES}; `Model.read` with "
+                        "at='prompt_end' names the layer in which they begin"
+                    )
         return sums, [[len(t) for t in own] for own in tokens]
 
     def next_token_logits(
@@ -532,7 +559,26 @@ class Model:
             ValueError: as for `log_likelihoods`.
             FingerprintMismatchError: the intervention belongs to another model.
         """
-        return self.backend.next_token_logits(self._encode_all(prompts), self._checked(intervention))
+        return self.logits_after(self._encode_all(prompts), intervention)
+
+    def logits_after(
+        self, tokens: Sequence[Sequence[int]], intervention: Intervention | None = None
+    ) -> Float[Tensor, "row vocab"]:
+        """`next_token_logits` of token ids, which may hold the begin of an answer.
+
+        Raises:
+            ValueError: as for `log_likelihoods`.
+            FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity in the model.
+        """
+        with self._damage_named():
+            logits = self.backend.next_token_logits(tokens, self._checked(intervention))
+            if not torch.isfinite(logits.amax(dim=-1)).all():
+                raise NonFiniteActivationError(
+                    f"NaN or infinite logits: {_CAUSES}; `Model.read` with at='prompt_end' names the layer in which they "
+                    "begin"
+                )
+            return logits
 
     def read(
         self,
@@ -581,7 +627,7 @@ class Model:
                 raise ValueError(f"{len(encoded)} prompts but {len(answers)} answers")
             fed = [a.tokens if isinstance(a, Answer) and a.tokens else self.encode_answer(a) for a in answers]
         rows, edits = [Row(p) for p in encoded], [self._checked(intervention)]
-        with _bar(progress, len(rows), "read") as bar:
+        with _bar(progress, len(rows), "read") as bar, self._damage_named():
             return _finite(self.backend.read(rows, fed, edits, site=site, at=at, progress=bar))[:, 0]
 
     def read_positions(
@@ -618,7 +664,8 @@ class Model:
             )
         width = max(map(len, tokens))
         rows = [Row((*own, *padding * (width - len(own)))) for own in tokens]
-        return _finite(self.backend.read(rows, [()] * len(rows), [None], site="before", at="every"))
+        with self._damage_named():
+            return _finite(self.backend.read(rows, [()] * len(rows), [None], site="before", at="every"))
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.fingerprint}, backend={self.backend.name!r})"
@@ -629,6 +676,9 @@ class Model:
             f"<b>{self.name}</b>: {f.architecture}, {f.n_layers} layers × {f.d_mlp:,} FFN neurons, σ = {f.activation}, "
             f"backend {self.backend.name}, fingerprint <code>{f.digest}</code>"
         )
+
+
+_CAUSES = "half precision overflowing, damaged weights, or an edit that is too large do this"
 
 
 def generate_sweep(
@@ -657,21 +707,18 @@ def _finite(read: Float[Tensor, "row place layer width"]) -> Float[Tensor, "row 
     """
     bad = (~torch.isfinite(read).all(dim=3)).flatten(0, 1).any(dim=0).nonzero()
     if len(bad):
-        raise NonFiniteActivationError(
-            f"layer {int(bad[0])}: NaN or infinite values. Half precision overflowing, damaged weights, or an edit that "
-            "is too large do this"
-        )
+        raise NonFiniteActivationError(f"layer {int(bad[0])}: NaN or infinite values: {_CAUSES}")
     return read
 
 
-def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Intervention) -> list[Any]:
-    """Hooks that edit a plain Hugging Face model: the front on passes over prompts, the rest on those that continue one."""
+@contextlib.contextmanager
+def _hooked_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Intervention) -> Generator[None]:
+    """Edit a plain Hugging Face model: the front on passes over prompts, the rest on those that continue one."""
     if any(edit.drop > 0 for edit in intervention.layer_edits(sites.n_layers, sites.d_mlp).values()):
         raise ValueError("an edit with a random mask needs the step's number; pass it to Model.generate instead")
     if intervention.edit_prompt_end:
         raise ValueError("edit_prompt_end is only known to Model.generate; pass the edit as its argument")
     state = Pass(Edits(edit_plan([intervention], sites)), SITES)
-    handles = hook_sites(sites.modules(hf_model), state)
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -689,7 +736,12 @@ def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Interv
             rows = [Row((0,) * int(n)) for n in ids.shape[1] - state.start]
             require_room(rows, [intervention], sites)
 
-    return [hf_model.register_forward_pre_hook(before, with_kwargs=True), *handles]
+    def hooks() -> Generator[Any]:
+        yield hf_model.register_forward_pre_hook(before, with_kwargs=True)
+        yield from hook_sites(sites.modules(hf_model), state)
+
+    with hooked(hooks()):
+        yield
 
 
 def _first_places(ids: Tensor, mask: Any) -> Tensor:

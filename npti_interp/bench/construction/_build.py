@@ -46,6 +46,7 @@ from npti_interp.bench.construction._writing import (
     refinement_tasks,
 )
 from npti_interp.chat._base import ChatEstimate
+from npti_interp.runs import read_manifest
 from npti_interp.traits import POLES, Trait
 
 if TYPE_CHECKING:
@@ -276,8 +277,8 @@ class _Begun:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path()
-        manifest = self._folder / "manifest.json"
-        self._files: Mapping[str, str] = read_json(manifest)["files"] if folder and manifest.is_file() else {}
+        begun = folder is not None and (folder / "manifest.json").is_file()
+        self._files: Mapping[str, str] = read_manifest(self._folder) if begun else {}
 
     def done(self, name: str) -> bool:
         return name in self._files

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from npti_interp._files import write_atomic, write_json
-from npti_interp.runs import (
-    _SCRATCH,  # pyright: ignore[reportPrivateUsage]
-    RunFolder,
-)
+from npti_interp._files import write_atomic
+from npti_interp.runs import RunFolder
 from npti_interp.traits import Trait
 
 __all__ = ["BENCH", "BuildFolder", "Row", "shard_name"]
@@ -88,20 +85,6 @@ class BuildFolder(RunFolder):
         gone = [name for name in dict.fromkeys(names) if name in self._files]
         if not gone:
             return
-        for name in gone:
-            del self._files[name]
-        write_json(self.path / "manifest.json", {"files": dict(sorted(self._files.items()))})
+        self.release(gone)
         for name in gone:
             (self.path / name).unlink(missing_ok=True)
-
-    def names(self, *starts: str) -> list[str]:
-        """Finished files whose path begins with one of ``starts``."""
-        return [name for name in self._files if name.startswith(starts)]
-
-    def _sweep(self) -> None:
-        super()._sweep()
-        for folder in (self.path / BENCH / "questions", self.path / BENCH / "personas"):
-            if folder.is_dir():
-                for left in folder.iterdir():
-                    if _SCRATCH.fullmatch(left.name):
-                        left.unlink()

@@ -27,7 +27,7 @@ from npti_interp.errors import ArtifactError
 from npti_interp.evaluation._statistics import bootstrap_mean, cluster_bootstrap, friedman_test, holm, pairwise_wilcoxon
 from npti_interp.evaluation.humans._page import SCHEMA, SCHEMA_VERSION
 from npti_interp.evaluation.humans._task import RankingTask
-from npti_interp.runs import write_table
+from npti_interp.runs import at_work_in, write_table
 from npti_interp.traits import TRAITS
 
 if TYPE_CHECKING:
@@ -677,31 +677,34 @@ class HumanReport:
 
         Returns:
             the files.
+
+        Raises:
+            RunFolderError: another process is at work in the folder.
         """
         from npti_interp.figures import save_figure
 
-        base = Path(folder)
         texts = {"summary.md": self.summary()}
-        for name, own in {"table": self.table(), **self.tables}.items():
-            texts[f"{name}.csv"] = own.to_csv(index=False, lineterminator="\n")
-            texts[f"{name}.tex"] = _styled(own, "latex").to_latex(hrules=True)
-            texts[f"{name}.html"] = _styled(own, "html").to_html(table_uuid="npti")
-        written: list[Path] = []
-        for name, text in texts.items():
-            write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-            written.append(base / name)
-        for name, own in (("judgements.parquet", self.duties), ("ranks.parquet", self.ranks)):
-            write_table(base / name, own)
-            written.append(base / name)
-        settings = {
-            "task": self.task.digest,
-            "seed": self.seed,
-            "n_resamples": self.n_resamples,
-            "pass_share": self.pass_share,
-        }
-        for stem, (figure, data) in self.figures().items():
-            written += save_figure(figure, base / "figures" / stem, data, settings)
-        return written
+        with at_work_in(folder) as base:
+            for name, own in {"table": self.table(), **self.tables}.items():
+                texts[f"{name}.csv"] = own.to_csv(index=False, lineterminator="\n")
+                texts[f"{name}.tex"] = _styled(own, "latex").to_latex(hrules=True)
+                texts[f"{name}.html"] = _styled(own, "html").to_html(table_uuid="npti")
+            written: list[Path] = []
+            for name, text in texts.items():
+                write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
+                written.append(base / name)
+            for name, own in (("judgements.parquet", self.duties), ("ranks.parquet", self.ranks)):
+                write_table(base / name, own)
+                written.append(base / name)
+            settings = {
+                "task": self.task.digest,
+                "seed": self.seed,
+                "n_resamples": self.n_resamples,
+                "pass_share": self.pass_share,
+            }
+            for stem, (figure, data) in self.figures().items():
+                written += save_figure(figure, base / "figures" / stem, data, settings)
+            return written
 
     def _repr_html_(self) -> str:
         return "".join(

@@ -24,6 +24,7 @@ import pandas as pd
 
 from npti_interp._files import read_json, write_atomic, write_json
 from npti_interp.errors import ArtifactError
+from npti_interp.runs import at_work_in
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_pole, as_trait
 
 __all__ = ["RANKING_PRESETS", "TARGETS", "RankedAnswer", "RankingConfig", "RankingItem", "RankingTask", "make_task"]
@@ -228,24 +229,25 @@ class RankingTask:
 
         Raises:
             ArtifactError: the folder holds another task, whose judges may be at work.
+            RunFolderError: another process is at work in the folder.
         """
         from npti_interp.evaluation.humans._page import render_page
 
-        base = Path(folder)
-        key = base / "key.json"
-        if key.is_file() and (there := RankingTask.load(key)).digest != self.digest:
-            raise ArtifactError(
-                f"{base} holds another ranking task ({there.digest[:12]}), and its judges' files would no longer be "
-                "readable; choose another folder"
-            )
-        write_json(key, {**self._content(), "digest": self.digest})
-        written = [key]
-        for judge in self.layouts:
-            text = render_page(self, judge)
-            path = base / "pages" / f"{judge}.html"
-            write_atomic(path, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8", newline="\n"))
-            written.append(path)
-        return written
+        with at_work_in(folder) as base:
+            key = base / "key.json"
+            if key.is_file() and (there := RankingTask.load(key)).digest != self.digest:
+                raise ArtifactError(
+                    f"{base} holds another ranking task ({there.digest[:12]}), and its judges' files would no longer be "
+                    "readable; choose another folder"
+                )
+            write_json(key, {**self._content(), "digest": self.digest})
+            written = [key]
+            for judge in self.layouts:
+                text = render_page(self, judge)
+                path = base / "pages" / f"{judge}.html"
+                write_atomic(path, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8", newline="\n"))
+                written.append(path)
+            return written
 
     @classmethod
     def load(cls, path: str | Path) -> RankingTask:
