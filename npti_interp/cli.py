@@ -238,8 +238,8 @@ def experiment(
 
     Stop it whenever you like; called again, it continues where it was.
     """
-    from npti_interp._files import read_json
     from npti_interp.experiments import EXPERIMENTS, Lab
+    from npti_interp.runs import read_config
 
     names = list(EXPERIMENTS) if name == "all" else [name]
     for own in names:
@@ -249,7 +249,7 @@ def experiment(
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(EXPERIMENTS[own].presets)}")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run; `npti reproduce --out {run}` makes one")
-    wanted = read_json(run / "config.json")["settings"]["model"]
+    wanted = str(read_config(run, "settings")["settings"].get("model", ""))
     lab = Lab.from_run(run, model=_load(wanted, dtype, device, backend, remote), bench=_bench(bench))
     for own in names:
         try:

@@ -20,7 +20,7 @@ import pandas as pd
 from npti_interp._files import read_json, sha256_of, write_atomic, write_json
 from npti_interp.errors import ArtifactError, RunFolderError
 
-__all__ = ["RunFolder", "read_table", "verify_folder", "write_table"]
+__all__ = ["RunFolder", "read_config", "read_table", "verify_folder", "write_table"]
 
 T = TypeVar("T")
 _SCRATCH = re.compile(r"\.[\w.\-]+-[a-z0-9_]{8}\.[a-z]+")  # the temporary names of `write_atomic`
@@ -37,12 +37,33 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         ArtifactError: not a whole Parquet file.
     """
-    import pyarrow as pa
-
+    if not os.path.isfile(path):  # of a folder pandas would read whatever lies in it
+        raise ArtifactError(f"{path} is not a whole Parquet file: there is no such file")
     try:
         return pd.read_parquet(path)
-    except (pa.ArrowInvalid, pa.ArrowIOError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file provokes in the parser
         raise ArtifactError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def read_config(folder: Path, *names: str) -> dict[str, Any]:
+    """What a run folder's ``config.json`` holds.
+
+    Args:
+        folder: the run folder.
+        names: entries that must be there; ``settings`` must be an object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ArtifactError: it is not an object, or lacks one of them.
+    """
+    path = folder / "config.json"
+    about: Any = read_json(path)
+    if not isinstance(about, dict):
+        raise ArtifactError(f"{path} holds no settings of a run")
+    lacking = [name for name in names if name not in about]
+    if lacking or not isinstance(about.get("settings", {}), dict):
+        raise ArtifactError(f"{path} holds no settings of a run ({', '.join(lacking) or 'settings'} not as expected)")
+    return about
 
 
 def verify_folder(folder: Path) -> dict[str, str]:
@@ -59,6 +80,8 @@ def verify_folder(folder: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise ArtifactError(f"{folder / 'manifest.json'} is not a manifest")
     for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(digest, str):
+            raise ArtifactError(f"{folder / 'manifest.json'} is not a manifest: {name!r} is no file of this folder")
         path = folder / name
         if not path.is_file():
             raise ArtifactError(
@@ -142,7 +165,7 @@ class RunFolder:
                 raise RunFolderError(f"{self.path} holds other files and no config.json; choose an empty or new folder")
             write_json(file, self._config)
             return
-        there, now = _flat(read_json(file)), _flat(self._config)
+        there, now = _flat(read_config(self.path)), _flat(self._config)
         if names := sorted(k for k in {*there, *now} if there.get(k) != now.get(k)):
             shown = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in names[:4])
             raise RunFolderError(

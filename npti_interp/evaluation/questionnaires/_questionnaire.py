@@ -240,6 +240,11 @@ class Questionnaire:
         if unknown := sorted(set(about) - {"name", "items", "stem", "options", "source", "licence"}):
             raise ValueError(f"{path}: unknown fields {', '.join(unknown)}")
         more = {k: v for k, v in about.items() if k not in ("name", "items")}
+        for field_name, value in more.items():
+            texts = value if isinstance(value, list) and field_name == "options" else [value]
+            if not all(isinstance(text, str) for text in texts) or (field_name == "options") != isinstance(value, list):
+                kind = "a list of texts" if field_name == "options" else "text"
+                raise ValueError(f"{path}: {field_name} must be {kind}, got {str(value)[:80]!r}")
         return cls(str(about["name"]), _items(about["items"], str(path)), **more)
 
     @classmethod
@@ -338,7 +343,12 @@ def _read_sheet(file: Path) -> pd.DataFrame:
 
 def _number(cell: Any) -> int | None:
     text = str(cell).strip()
-    return int(float(text)) if text not in ("", "nan", "None") else None
+    if text in ("", "nan", "None"):
+        return None
+    value = float(text)
+    if not 1 <= value < 10_000:
+        raise ValueError(f"{text[:40]!r} is no item's number")
+    return int(value)
 
 
 def _from_row(row: Any, number: str, file: Path) -> Item:
@@ -362,12 +372,21 @@ _KEYS = {"1": 1, "+1": 1, "+": 1, "1.0": 1, "-1": -1, "-": -1, "-1.0": -1, "−1
 def _items(rows: Sequence[Any], where: str) -> tuple[Item, ...]:
     made: list[Item] = []
     for k, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}, item {k}: an object is expected, got {str(row)[:80]!r}")
         if missing := [f for f in _FIELDS if f not in row]:
             raise ValueError(f"{where}, item {k}: {', '.join(missing)} missing; an item has {', '.join(_FIELDS)}")
         key = _KEYS.get(str(row["key"]).strip())
         if key is None:
             raise ValueError(f"{where}, item {k}: key must be 1 or -1, got {row['key']!r}")
         made.append(
-            Item(str(row["id"]).strip(), str(row["text"]).strip(), as_trait(row["domain"]), str(row["facet"]), key, k)
+            Item(
+                str(row["id"]).strip(),
+                str(row["text"]).strip(),
+                as_trait(str(row["domain"])),
+                str(row["facet"]),
+                key,
+                k,
+            )
         )
     return tuple(made)
