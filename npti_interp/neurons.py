@@ -557,7 +557,7 @@ class NeuronSet:
             if not isinstance(rule, dict):
                 raise ArtifactError(f"its rule is {rule!r}, no object")
             own = {
-                name: require_array(arrays, name, (None,), np.int64 if name in ("layer", "neuron") else np.float64)
+                name: require_array(arrays, name, (None,), *_KINDS["int" if name in ("layer", "neuron") else "float"])
                 for name in _ARRAYS
             }
             _require_shares(own, model)
@@ -658,6 +658,9 @@ class NeuronSet:
 
 
 _ARRAYS = ("layer", "neuron", "delta", "probability", "p95", "se", "q")
+
+
+_KINDS: dict[str, tuple[type[np.generic], ...]] = {"int": (np.int64,), "float": (np.float64, np.float32)}
 
 
 def _require_shares(own: Mapping[str, npt.NDArray[Any]], model: ModelFingerprint | None) -> None:

@@ -101,7 +101,7 @@ class Learnt(Prepared):
         return cls(method.name, settings, fingerprint, trait, facts, **tensors)
 
 
-_ANNOTATION = re.compile(r'(Float|Bool)\[Tensor, "([\w ]+)"\]')
+_ANNOTATION = re.compile(r"(Float|Bool)\[Tensor, ['\"]([\w ]+)['\"]\]")
 
 
 def _require_annotated(tensor: Tensor, annotation: str, model: Model, what: str) -> None:

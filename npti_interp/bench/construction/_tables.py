@@ -63,6 +63,8 @@ def read_rows(path: Path) -> list[Row]:
     """
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a whole Parquet file: there is no such file")
     try:
         rows: list[Row] = pq.ParquetFile(path).read().to_pylist()
     except Exception as error:  # whatever a damaged file provokes in the parser
