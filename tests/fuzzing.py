@@ -115,7 +115,9 @@ def bomb(mark: Path) -> bytes:
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     """Some bytes changed, taken out, put in or repeated; or the end cut off."""
     out = bytearray(data)
-    for _ in range(int(rng.integers(1, 4))):
+    left = int(rng.integers(1, 4))
+    while left > 0 or out == data:  # a byte may have been given the value it had
+        left -= 1
         at = int(rng.integers(0, len(out) + 1))
         kind = rng.integers(0, 6)
         if kind == 0:

@@ -746,7 +746,7 @@ def test_digits_without_end_are_no_number() -> None:
     assert final_number("The answer is: " + "7" * 900) == int("7" * 900)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12,
@@ -963,12 +963,7 @@ def runs_code(source: str) -> list[str]:
         name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
         if name in CALLS:
             found.append(f"{node.lineno}: {name}")
-        if (
-            name in ("torch.load", "load")
-            and "torch" in source
-            and name != "load"
-            and given.get("weights_only") != "True"
-        ):
+        if name == "torch.load" and given.get("weights_only") != "True":
             found.append(f"{node.lineno}: {name} without weights_only=True")
         if name.endswith((".load", "memmap", "fromfile")) and given.get("allow_pickle", "False") != "False":
             found.append(f"{node.lineno}: {name} with pickles")

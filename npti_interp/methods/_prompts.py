@@ -65,8 +65,10 @@ def load_personas(folder: Path, kind: str, data: SearchData) -> tuple[dict[Pole,
         raise ArtifactError(f"{folder / FILE} does not hold descriptions of both poles: {error}") from error
 
 
-def _persona(fields: Mapping[str, Any]) -> Persona:
-    if any(not isinstance(value, str) and (name, value) != ("facet", None) for name, value in fields.items()):
+def _persona(fields: Any) -> Persona:
+    if not isinstance(fields, dict) or any(
+        not isinstance(value, str) and (name, value) != ("facet", None) for name, value in fields.items()
+    ):
         raise TypeError("a field is no text")
     return Persona(**fields)
 

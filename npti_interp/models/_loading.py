@@ -131,7 +131,9 @@ def _read_checkpoint(source: str, dtype: torch.dtype, revision: str | None, *, l
     config = AutoConfig.from_pretrained(source, **place)
     _require_supported(config.model_type)  # before gigabytes of weights are read
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **place)
-    return model, AutoTokenizer.from_pretrained(source, **place)
+    tokenizer = AutoTokenizer.from_pretrained(source, **place)
+    tokenizer("a")  # settings of a wrong type show when it is used
+    return model, tokenizer
 
 
 def _require_supported(model_type: Any) -> None:
@@ -157,6 +159,9 @@ def _require_checkpoint(folder: Path) -> None:
     if not isinstance(config, dict):
         raise ArtifactError(f"{file} is no model's configuration")
     _require_supported(config.get("model_type"))
+    decoding = folder / "generation_config.json"
+    if decoding.exists() and not isinstance(read_json(decoding), dict):  # transformers would pass over it in silence
+        raise ArtifactError(f"{decoding} is no object of settings")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ArtifactError(
