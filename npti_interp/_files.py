@@ -9,9 +9,10 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,13 @@ from npti_interp.errors import ArtifactError
 
 __all__ = [
     "cannot_write",
+    "from_fields",
     "is_scratch",
     "library_versions",
+    "parse_json",
     "read_json",
     "read_tensors",
+    "require_array",
     "require_writable",
     "sha256_of",
     "write_atomic",
@@ -32,6 +36,11 @@ __all__ = [
 ]
 
 _HEADER = "npti_interp"
+_MOST_NESTED = 100
+"""Levels of JSON that are read: far more than any file has, far fewer than Python's own recursion takes."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+T = TypeVar("T")
 
 
 def library_versions() -> dict[str, str]:
@@ -165,17 +174,104 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:80]!r} occurs twice in one object")
+    return made
+
+
+def _nested_within(value: Any, most: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(most + 1):
+        inner = (own.values() if isinstance(own, dict) else own for own in level if isinstance(own, dict | list))
+        level = [x for own in inner for x in own if isinstance(x, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text from outside.
+
+    Refused, beside what is not JSON: a name twice in one object (Python would drop the first without a word), nesting
+    that later work could not follow, numbers of thousands of digits, and halves of surrogate pairs (they cannot be
+    written, hashed or printed).
 
     Raises:
-        FileNotFoundError: no such file.
-        ArtifactError: not JSON.
+        ValueError: it is not such a text (`json.JSONDecodeError` where it is no JSON).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") > _MOST_NESTED and not _nested_within(value, _MOST_NESTED):
+        raise ValueError(f"nested more than {_MOST_NESTED} levels deep")
+    if _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair in a text") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, as strictly as `parse_json`.
+
+    Raises:
+        FileNotFoundError: no such file (a folder is none, nor is a pipe or a device).
+        ArtifactError: not JSON.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}") from error
+
+
+_SCALARS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)
+}  # fmt: skip
+
+
+def from_fields(cls: type[T], raw: Any, where: str) -> T:
+    """A dataclass of plain values (text, numbers, truth values, None) from JSON, every field's type checked.
+
+    Args:
+        cls: the dataclass.
+        raw: what the JSON holds.
+        where: what to call it in messages.
+
+    Raises:
+        ArtifactError: not an object, a field that is missing, unknown or of another type, or values that the dataclass
+            itself refuses.
+    """
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(cast(Any, cls))}
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{where}: expected an object with {', '.join(known)}, got a {type(raw).__name__}")
+    lacking = [n for n, f in known.items() if n not in raw and f.default is MISSING and f.default_factory is MISSING]
+    unknown = sorted(raw.keys() - known.keys())
+    if lacking or unknown:
+        raise ArtifactError(
+            f"{where}: {', '.join([*(f'{n} is missing' for n in lacking), *(f'{n[:80]} is unknown' for n in unknown)])}"
+        )
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        kinds = str(known[name].type).split(" | ")
+        fits = any(isinstance(value, _SCALARS[k]) and (k == "bool" or not isinstance(value, bool)) for k in kinds)
+        if not fits:
+            raise ArtifactError(f"{where}: {name} must be {known[name].type}, got {str(value)[:80]!r}")
+        try:
+            values[name] = float(value) if kinds == ["float"] else value
+        except OverflowError:
+            raise ArtifactError(f"{where}: {name} is too large") from None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {error}") from error
 
 
 def write_tensors(
@@ -209,26 +305,55 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no file at {path}")
     try:
         with safe_open(path, framework="numpy") as file:
             raw: dict[str, str] = file.metadata() or {}
             arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header: Any = json.loads(raw.get(_HEADER, "{}"))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        header: Any = parse_json(raw.get(_HEADER, "{}"))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ArtifactError(f"{path} is not a whole safetensors file (truncated or altered?): {error}") from error
     found = header.get("kind") if isinstance(header, dict) else None
     if found != kind:
         raise ArtifactError(f"{path} holds {found or 'something this toolkit did not write'}, not {kind}")
     stored, metadata = header.get("version"), header.get("metadata")
-    if not isinstance(stored, int) or stored > format_version:
+    if type(stored) is not int or stored > format_version:
         raise ArtifactError(
             f"{path} is {kind} format {stored}; this version of npti_interp reads up to {format_version}: upgrade it"
         )
     if header.pop("sha256", None) != _content_digest(arrays, header) or not isinstance(metadata, dict):
         raise ArtifactError(f"{path} was altered: its content does not match the checksum stored with it")
     return arrays, metadata
+
+
+def require_array(
+    arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int | None, ...], *dtypes: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """One array of a file, with the type and shape that its readers count on.
+
+    A checksum shows damage, not intent: a file made by hand can have any arrays under a checksum that fits.
+
+    Args:
+        arrays: what `read_tensors` gave.
+        name: which.
+        shape: its lengths; None fits any.
+        dtypes: the types it may have.
+
+    Raises:
+        ArtifactError: it is missing, or has another type or shape.
+    """
+    array = arrays.get(name)
+    if array is None:
+        raise ArtifactError(f"the array {name!r} is missing")
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype not in [np.dtype(d) for d in dtypes]:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        kinds = " or ".join(str(np.dtype(d)) for d in dtypes)
+        raise ArtifactError(
+            f"the array {name!r} is {array.dtype} {list(array.shape)[:8]} where {kinds} [{wanted}] is expected"
+        )
+    return array
 
 
 def _content_digest(arrays: Mapping[str, npt.NDArray[Any]], header: Mapping[str, Any]) -> str:

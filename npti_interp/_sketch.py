@@ -25,6 +25,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from npti_interp._files import require_array
+from npti_interp.errors import ArtifactError
+
 __all__ = ["ALPHA", "BYTES_PER_STREAM", "QuantileSketch", "accumulate", "grid_codes", "grid_edges", "representatives"]
 
 ALPHA = 0.01
@@ -395,6 +398,10 @@ def accumulate(
     return True
 
 
+# Bins of the smallest and the largest positive value: what lists and windows can hold.
+_FIRST, _LAST = (int(c) for c in grid_codes(np.array([2.0**-149, np.finfo(np.float32).max], np.float32)))
+
+
 class QuantileSketch:
     """Sketches of several streams of equal length.
 
@@ -439,8 +446,29 @@ class QuantileSketch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """Inverse of `tensors`."""
-        return cls(*(tensors[f"sketch_{name}"].copy() for name in ("bins", "base", "width", "over")))
+        """Inverse of `tensors`.
+
+        Raises:
+            ArtifactError: arrays that are no sketch. The kernels check no bounds, so nothing else may reach them.
+        """
+        bins = require_array(tensors, "sketch_bins", (None, BINS), np.uint8).copy()
+        base = require_array(tensors, "sketch_base", (len(bins),), np.int16).copy()
+        width = require_array(tensors, "sketch_width", (len(bins),), np.uint8).copy()
+        over = require_array(tensors, "sketch_over", (len(bins),), np.int32).copy()
+        lists = width == _LIST
+        codes = bins[lists].view(np.int16)
+        held = codes[np.arange(LISTED) < over[lists, None]]
+        start, lost = base[~lists], base[~lists] == _LOST
+        sound = (
+            (width <= BINS).all()
+            and (over >= 0).all()
+            and (over[lists] <= LISTED).all()
+            and ((held >= _FIRST) & (held <= _LAST)).all()
+            and (lost | ((start >= _FIRST - BINS) & (start <= _LAST))).all()
+        )
+        if not sound:
+            raise ArtifactError("a sketch's lists or windows lie outside what a sketch can hold")
+        return cls(bins, base, width, over)
 
     def copy(self) -> Self:
         """An independent copy."""

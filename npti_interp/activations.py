@@ -25,7 +25,7 @@ from torch import Tensor
 from npti_interp import _sketch
 from npti_interp._coarse import CoarseSketch
 from npti_interp._device import DeviceReducer, not_finite
-from npti_interp._files import library_versions, read_tensors, write_tensors
+from npti_interp._files import library_versions, read_tensors, require_array, write_tensors
 from npti_interp._sketch import QuantileSketch
 from npti_interp.errors import ArtifactError
 from npti_interp.models._fingerprint import ModelFingerprint
@@ -239,26 +239,34 @@ class ActivationStatistics:
 
         Raises:
             FileNotFoundError: no such file.
-            ArtifactError: truncated, altered, of another kind, or of a newer format version.
+            ArtifactError: truncated, altered, of another kind, of a newer format version, or numbers that no counting
+                gives.
         """
         arrays, metadata = read_tensors(path, _KIND, _VERSION)
         try:
             fingerprint = ModelFingerprint.from_json(metadata.pop("fingerprint"))
             sketch = (CoarseSketch if "coarse" in arrays else QuantileSketch).from_tensors(arrays)
-            loaded = cls(
-                arrays["active_count"],
-                arrays["n_tokens"],
-                arrays["mean"],
-                arrays["m2"],
-                sketch,
-                fingerprint,
-                metadata,
-            )
+            shape = fingerprint.n_layers, fingerprint.d_mlp
+            n_tokens = require_array(arrays, "n_tokens", (None,), np.int64)
+            count = require_array(arrays, "active_count", (len(n_tokens), *shape), np.int32, np.int64)
+            mean, m2 = (require_array(arrays, name, shape, np.float64) for name in ("mean", "m2"))
         except KeyError as error:
             raise ArtifactError(f"{path} lacks {error}") from error
-        if loaded.active_count.shape != (loaded.n_blocks, *loaded.shape):
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        streams = len(sketch.coarse if isinstance(sketch, CoarseSketch) else sketch.base)
+        sound = (
+            streams == mean.size
+            and len(n_tokens) > 0
+            and ((n_tokens >= 0) & (n_tokens < 2**48)).all()
+            and ((count >= 0) & (count <= n_tokens[:, None, None])).all()
+            and np.isfinite(mean).all()
+            and np.isfinite(m2).all()
+            and (m2 >= 0).all()
+        )
+        if not sound:
             raise ArtifactError(f"{path}: its arrays do not fit together")
-        return loaded
+        return cls(count, n_tokens, mean, m2, sketch, fingerprint, metadata)
 
     def __repr__(self) -> str:
         layers, neurons = self.shape

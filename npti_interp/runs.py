@@ -32,6 +32,7 @@ from npti_interp.errors import ArtifactError, RunFolderError
 __all__ = [
     "RunFolder",
     "at_work_in",
+    "read_config",
     "read_manifest",
     "read_table",
     "require_usable",
@@ -54,11 +55,11 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         ArtifactError: not a whole Parquet file.
     """
-    import pyarrow as pa
-
+    if not os.path.isfile(path):  # of a folder pandas would read whatever lies in it
+        raise ArtifactError(f"{path} is not a whole Parquet file: there is no such file")
     try:
         return pd.read_parquet(path)
-    except (pa.ArrowInvalid, pa.ArrowIOError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file provokes in the parser
         raise ArtifactError(f"{path} is not a whole Parquet file: {error}") from error
 
 
@@ -86,6 +87,27 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
+def read_config(folder: Path, *names: str) -> dict[str, Any]:
+    """What a run folder's ``config.json`` holds.
+
+    Args:
+        folder: the run folder.
+        names: entries that must be there; ``settings`` must be an object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ArtifactError: it is not an object, or lacks one of them.
+    """
+    path = folder / "config.json"
+    about: Any = read_json(path)
+    if not isinstance(about, dict):
+        raise ArtifactError(f"{path} holds no settings of a run")
+    lacking = [name for name in names if name not in about]
+    if lacking or not isinstance(about.get("settings", {}), dict):
+        raise ArtifactError(f"{path} holds no settings of a run ({', '.join(lacking) or 'settings'} not as expected)")
+    return about
+
+
 def verify_folder(folder: Path, finished: str = "") -> dict[str, str]:
     """Compare every file of a run folder with its manifest.
 
@@ -102,6 +124,8 @@ def verify_folder(folder: Path, finished: str = "") -> dict[str, str]:
     """
     files = read_manifest(folder)
     for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{folder / 'manifest.json'} is not a manifest: {name!r} is no file of this folder")
         path = folder / name
         if not path.is_file():
             raise ArtifactError(
@@ -234,7 +258,7 @@ class RunFolder:
                 raise RunFolderError(f"{self.path} holds other files and no config.json; choose an empty or new folder")
             write_json(file, self._config)
             return
-        there, now = _flat(read_json(file)), _flat(self._config)
+        there, now = _flat(read_config(self.path)), _flat(self._config)
         if names := sorted(k for k in {*there, *now} if there.get(k) != now.get(k)):
             shown = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in names[:4])
             raise RunFolderError(

@@ -9,13 +9,12 @@ what was asked.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from npti_interp._files import write_atomic
+from npti_interp._files import from_fields, read_json, write_atomic
 from npti_interp.chat._request import Form, Reply, canonical
 
 __all__ = ["ReplyCache"]
@@ -46,10 +45,12 @@ class ReplyCache:
         if path is None:
             return None
         try:
-            entry: Any = json.loads(path.read_text(encoding="utf-8"))
+            entry: Any = read_json(path)
             whole = (entry["kind"], entry["version"], entry["key"]) == (_KIND, _VERSION, key)
-            return Reply(**entry["reply"]) if whole and entry["sha256"] == _digest(entry) else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return (
+                from_fields(Reply, entry["reply"], str(path)) if whole and entry["sha256"] == _digest(entry) else None
+            )
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def keep(self, key: str, form: Form, answerer: Mapping[str, Any], reply: Reply) -> None:

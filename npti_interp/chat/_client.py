@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from npti_interp._secrets import SECRET_LENGTH, without_key
 from npti_interp.chat._base import CachedChat, progress_bar
 from npti_interp.chat._limits import AbandonedError, RateLimiter, back_off, retry_after
 from npti_interp.chat._request import ChatRequest, ChatResult, Form, Reply, canonical, read_reply
@@ -126,8 +127,9 @@ class ChatClient(CachedChat):
                 f"max_tokens_name must be 'max_tokens' or 'max_completion_tokens', got {max_tokens_name!r}"
             )
         here = _is_loopback(parts.hostname)
-        key = os.environ.get(key_variable, "").strip()
-        if not key and not here:
+        # Held by no local name: a traceback that shows its frames' locals must not show the key.
+        self._secret = os.environ.get(key_variable, "").strip()
+        if not self._secret and not here:
             raise ValueError(f"no key for {parts.hostname}: set the environment variable {key_variable}")
         extra = json.loads(canonical(dict(extra_body or {})))
         answerer: dict[str, Any] = {"model": model, **({"extra_body": extra} if extra else {})}
@@ -135,13 +137,13 @@ class ChatClient(CachedChat):
         self._model, self._extra, self._limit_name = model, extra, max_tokens_name
         # The port of a server on this machine differs from run to run, and says nothing of who answers.
         self._where = "loopback" if here else f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self._key_variable, self._secret = key_variable, key
+        self._key_variable = key_variable
         self._concurrency, self._retries, self._pause, self._give_up_after = concurrency, retries, pause, give_up_after
         self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
         # A proxy set for this machine's web traffic cannot reach this machine's own ports.
         http = openai.DefaultHttpxClient(trust_env=False) if here else None
         self._openai: Any = openai.OpenAI(
-            base_url=base_url, api_key=key or _PLACEHOLDER, timeout=timeout, max_retries=0, http_client=http
+            base_url=base_url, api_key=self._secret or _PLACEHOLDER, timeout=timeout, max_retries=0, http_client=http
         )
         self._lock = threading.Lock()
         self._flying: dict[str, Future[tuple[Reply, bool]]] = {}
@@ -230,16 +232,17 @@ class ChatClient(CachedChat):
             return known
         try:
             return self._ask(request, stop)
-        except _EndpointError as failure:
-            with self._lock:
-                self._failed_in_row += 1
-                lost = self._give_up_after is not None and self._failed_in_row >= self._give_up_after
-            if lost:
-                raise RemoteServiceError(
-                    f"{self._failed_in_row} requests in a row had no reply from {self._where}; the last: {failure}. "
-                    "What was answered is kept: run again to continue"
-                ) from None
-            return ChatResult(failure=str(failure), kind="endpoint")
+        except _EndpointError as error:
+            failure = str(error)
+        with self._lock:
+            self._failed_in_row += 1
+            lost = self._give_up_after is not None and self._failed_in_row >= self._give_up_after
+        if lost:
+            raise RemoteServiceError(
+                f"{self._failed_in_row} requests in a row had no reply from {self._where}; the last: {failure}. "
+                "What was answered is kept: run again to continue"
+            )
+        return ChatResult(failure=failure, kind="endpoint")
 
     def _ask(self, request: ChatRequest, stop: threading.Event) -> ChatResult:
         first = self._first_form(request)
@@ -334,6 +337,7 @@ class ChatClient(CachedChat):
         if form.schema is not None:
             held = {"name": "answer", "schema": form.schema, "strict": True}
             given["response_format"] = {"type": "json_schema", "json_schema": held}
+        hopeless: int | None = None
         try:
             raw = self._openai.chat.completions.with_raw_response.create(**given, extra_body=self._extra or None)
             body: str = raw.http_response.text
@@ -343,29 +347,35 @@ class ChatClient(CachedChat):
             cause = error.__cause__ or error
             return None, self._shown(f"no connection: {type(cause).__name__}: {cause}"), None
         except openai.APIStatusError as error:
-            return None, self._status(error), retry_after(error.response.headers)
+            reason, passing = self._status(error)
+            if passing:
+                return None, reason, retry_after(error.response.headers)
+            hopeless, body = error.status_code, reason
+        # Not raised where it is caught: the library's error, which holds the request with its key and a body that may
+        # quote it, would go on as this one's context.
+        if hopeless is not None:
+            raise _EndpointError(body, status=hopeless)
         try:
             return self._read(json.loads(body)), "", None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             return None, self._shown(f"a reply that is no chat completion ({type(error).__name__}: {error})"), None
 
-    def _status(self, error: Any) -> str:
-        """Why a status that may pass is one; raises for those that will not."""
+    def _status(self, error: Any) -> tuple[str, bool]:
+        """What a status says, and whether it may pass."""
         status: int = error.status_code
         if status in (401, 403):  # what the endpoint says of a key may quote it
             held = f"in {self._key_variable}" if self._secret else f"({self._key_variable} is not set)"
-            raise _EndpointError(f"status {status}: the endpoint does not accept the key {held}", status=status)
-        reason = self._shown(f"status {status}: {error.message}")
-        if (status in _PASSING or status >= 500) and status != 501 and error.code != "insufficient_quota":
-            return reason
-        raise _EndpointError(reason, status=status)
+            return f"status {status}: the endpoint does not accept the key {held}", False
+        passing = (status in _PASSING or status >= 500) and status != 501 and error.code != "insufficient_quota"
+        return self._shown(f"status {status}: {error.message}"), passing
 
     def _shown(self, text: str) -> str:
         """Text from outside, without the key, and short."""
-        return self._without_key(" ".join(text.split()))[:300]
+        return without_key(" ".join(text.split()), self._secret)[:300]
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+    def _kept(self, text: str) -> str:
+        """An answer without the key; of a word that is no secret an answer may well hold the letters."""
+        return without_key(text, self._secret, SECRET_LENGTH) if len(self._secret) >= SECRET_LENGTH else text
 
     def _read(self, body: Any) -> Reply:
         (choice,) = body["choices"]
@@ -375,7 +385,7 @@ class ChatClient(CachedChat):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"text expected, got {type(value).__name__}")
             # Half of a surrogate pair is valid JSON, but no text that can be written.
-            return None if value is None else self._without_key(value).encode("utf-8", "replace").decode()
+            return None if value is None else self._kept(value).encode("utf-8", "replace").decode()
 
         def count(name: str) -> int | None:
             value = usage.get(name)

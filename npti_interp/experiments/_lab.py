@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from npti_interp._files import library_versions, read_json
+from npti_interp._files import library_versions
 from npti_interp.activations import ActivationStatistics
 from npti_interp.backends import linear_kernel
 from npti_interp.bench import PersonalityBench, Question
-from npti_interp.errors import ArtifactError, FingerprintMismatchError
+from npti_interp.errors import ArtifactError, FingerprintMismatchError, NptiError
 from npti_interp.evaluation import Calibration, Judge, LikelihoodJudge, bootstrap_mean
 from npti_interp.evaluation._statistics import interval_columns
 from npti_interp.figures import save_figure
@@ -31,7 +31,7 @@ from npti_interp.generation import Answer, Decoding
 from npti_interp.interventions import Intervention
 from npti_interp.models import Model, Prompt, load_model
 from npti_interp.neurons import NeuronSet
-from npti_interp.runs import RunFolder, read_table, verify_folder
+from npti_interp.runs import RunFolder, read_config, read_table, verify_folder
 from npti_interp.traits import TRAITS, Pole, Trait, as_pole, as_trait
 
 if TYPE_CHECKING:
@@ -272,12 +272,13 @@ def finished_run(folder: Path, experiment: str, what_to_do: str) -> dict[str, An
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished run; {what_to_do}")
-    about: Any = read_json(folder / "config.json")
-    found = about.get("experiment") if isinstance(about, dict) else None
+    about = read_config(folder)
+    found = about.get("experiment")
     if found != experiment:
         raise ArtifactError(
             f"{folder} holds {f'a run of {found}' if found else 'no run of an experiment'}, not of {experiment}"
         )
+    read_config(folder, "bench", "settings")
     if not (folder / "summary.md").is_file():
         raise FileNotFoundError(f"{folder} holds no finished run; {what_to_do}")
     verify_folder(folder, finished="summary.md")
@@ -399,6 +400,8 @@ class Lab:
         folder = Path(run)
         about = finished_run(folder, "reproduce", f"`npti reproduce --out {folder}` makes or continues one")
         settings = about["settings"]
+        if missing := [k for k in ("model", "traits", "personas_per_pole") if k not in settings]:
+            raise ArtifactError(f"{folder / 'config.json'} lacks the settings {', '.join(missing)}")
         bench = bench or PersonalityBench.embedded()
         if bench.digest != about["bench"]:
             raise ValueError(f"{folder} was made with another bench than {bench.name!r}; give the one it was made with")
@@ -406,7 +409,7 @@ class Lab:
         neurons = {as_trait(t): NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in settings["traits"]}
         judge = LikelihoodJudge(model, bench, personas_per_pole=settings["personas_per_pole"])
         for trait in neurons:
-            judge.use_calibration(trait, Calibration(**read_json(folder / f"scores/calibration-{trait}.json")))
+            judge.use_calibration(trait, Calibration.load(folder / f"scores/calibration-{trait}.json"))
         return cls(model, bench, neurons, judge=judge, run=folder)
 
     @property
@@ -647,7 +650,13 @@ class ExperimentResult(ABC):
         """
         path = Path(folder)
         about = finished_run(path, cls.name, f"run the experiment {cls.name} with this folder")
-        return cls.from_folder(path, cls.config_type.from_settings(about["settings"]))
+        try:
+            return cls.from_folder(path, cls.config_type.from_settings(about["settings"]))
+        except NptiError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            # Its files are those of its manifest, but not what such a run writes.
+            raise ArtifactError(f"{path} does not hold what a run of {cls.name} writes: {error!r}") from error
 
     def save_figures(self, folder: str | Path) -> list[Path]:
         """Draw every figure into ``folder`` as PDF, PNG, CSV and JSON.
@@ -655,7 +664,7 @@ class ExperimentResult(ABC):
         Returns:
             the files written.
         """
-        about = read_json(self.folder / "config.json")
+        about = read_config(self.folder, "fingerprint")
         settings = {
             "experiment": self.name, "settings": asdict(self.config), "fingerprint": about["fingerprint"],
             "seed": self.config.seed,

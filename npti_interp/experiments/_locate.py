@@ -10,7 +10,7 @@ from npti_interp.activations import DEFAULT_BLOCKS, ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.generation import Answer, Progress
 from npti_interp.models import Model
-from npti_interp.neurons import NeuronSet, select_neurons
+from npti_interp.neurons import NeuronSet, beyond, select_neurons
 from npti_interp.prompts import persona_prompts
 from npti_interp.traits import POLES, Pole, Trait, as_trait
 
@@ -113,7 +113,7 @@ def choose_threshold(high: ActivationStatistics, low: ActivationStatistics, *, m
     high.require_comparable(low)
     delta = high.probability - low.probability
     for threshold in THRESHOLDS:
-        if min((delta > threshold).mean(), (delta < -threshold).mean()) >= min_share:
+        if min(beyond(delta, threshold).mean(), beyond(-delta, threshold).mean()) >= min_share:
             return threshold
     return THRESHOLDS[-1]
 

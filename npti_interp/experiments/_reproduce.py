@@ -19,9 +19,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from npti_interp import figures
-from npti_interp._files import read_json, write_json
+from npti_interp._files import write_json
 from npti_interp.activations import ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
+from npti_interp.errors import ArtifactError, NptiError
 from npti_interp.evaluation import (
     Calibration,
     Interval,
@@ -268,8 +269,13 @@ class ReproduceResult:
         about = finished_run(path, "reproduce", f"`npti reproduce --out {path}` makes or continues one")
         settings = about["settings"]
         given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        config = ReproduceConfig(**given)
-        return _summarise(path, config)
+        try:
+            return _summarise(path, ReproduceConfig(**given))
+        except NptiError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            # Its files are those of its manifest, but not what such a run writes.
+            raise ArtifactError(f"{path} does not hold what `npti reproduce` writes: {error!r}") from error
 
     def summary(self) -> str:
         """What came out, in words (Markdown)."""
@@ -538,7 +544,7 @@ def _one_trait(work: _Work, trait: Trait) -> None:
     name = f"scores/calibration-{trait}.json"
     calibration = _timed(
         work, cost, run.done(name),
-        lambda: run.step(name, calibrate, lambda p, x: write_json(p, asdict(x)), lambda p: Calibration(**read_json(p))),
+        lambda: run.step(name, calibrate, lambda p, x: write_json(p, asdict(x)), Calibration.load),
     )  # fmt: skip
     work.judge.use_calibration(trait, calibration)
     _test(work, trait, neurons, paper)
@@ -832,7 +838,7 @@ def _summarise(folder: Path, config: ReproduceConfig) -> ReproduceResult:
     scores = pd.concat([read_table(folder / f"scores/{t}.parquet") for t in traits], ignore_index=True)
     answers = pd.concat([read_table(folder / f"answers/test-{t}.parquet") for t in traits], ignore_index=True)
     neurons = {t: NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in traits}
-    calibrations = {t: Calibration(**read_json(folder / f"scores/calibration-{t}.json")) for t in traits}
+    calibrations = {t: Calibration.load(folder / f"scores/calibration-{t}.json") for t in traits}
     # Runs made without the second judge have none of its files.
     second = [t for t in traits if (folder / f"scores/embedding-{t}.parquet").is_file()]
     fits = {t: EmbeddingFit.load(folder / f"scores/embedding-{t}.safetensors") for t in second}

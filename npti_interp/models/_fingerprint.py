@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from npti_interp._files import from_fields, parse_json
 from npti_interp.errors import ArtifactError, FingerprintMismatchError
 from npti_interp.models._sites import FFNSites, activation_name, sampled_values
 
@@ -75,10 +76,16 @@ class ModelFingerprint:
         Raises:
             ArtifactError: not a fingerprint.
         """
+        shown = f"not a model fingerprint: {str(text)[:80]!r}"
         try:
-            return cls(**json.loads(text))
+            made = from_fields(cls, parse_json(text), shown)
+        except ArtifactError:
+            raise
         except (TypeError, ValueError) as error:
-            raise ArtifactError(f"not a model fingerprint: {text[:80]!r}") from error
+            raise ArtifactError(f"{shown} ({error})") from error
+        if min(made.n_layers, made.d_mlp, made.d_model, made.vocab_size) < 1:
+            raise ArtifactError(f"{shown}: a size below 1")
+        return made
 
     def differences(self, other: ModelFingerprint) -> list[str]:
         """Fields that differ, as ``"field: mine != theirs"``."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from npti_interp._files import read_json
 from npti_interp.backends import RemoteSettings, Service
-from npti_interp.models._embedded import EMBEDDED_MODELS, embedded_checkpoint, load_gguf
+from npti_interp.errors import ArtifactError, NptiError, UnsupportedModelError
+from npti_interp.models._embedded import EMBEDDED_MODELS, embedded_checkpoint, load_gguf, require_plausible
 from npti_interp.models._model import Model
+from npti_interp.models._sites import SUPPORTED_MODEL_TYPES
 
 __all__ = ["load_model"]
 
@@ -43,7 +47,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such file or directory, or the embedded model's package is not installed.
-        ArtifactError: a GGUF that is none, or a damaged embedded model.
+        ArtifactError: a GGUF that is none, a directory that holds no whole checkpoint, or a damaged embedded model.
         UnsupportedModelError: mixture-of-experts or unknown architecture.
         ValueError: unknown backend, or ``remote`` with a backend that cannot.
         RemoteServiceError: the service is not there, runs other versions, lacks a key or the model.
@@ -88,29 +92,95 @@ def _load_remote(
     service = Service(settings.host)
     service.require_key()
     service.require_model(settings.repo, settings.revision)
-    place: dict[str, Any] = {"revision": revision, "local_files_only": cache_only or Path(name).is_dir()}
+    place: dict[str, Any] = {
+        "revision": revision, "local_files_only": cache_only or Path(name).is_dir(), "trust_remote_code": False
+    }  # fmt: skip
     source = str(embedded_checkpoint(name)) if name in EMBEDDED_MODELS else name
     config = AutoConfig.from_pretrained(source, **place)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     with contextlib.suppress(OSError):  # a checkpoint may have none
-        skeleton.generation_config = GenerationConfig.from_pretrained(source, **place)
+        skeleton.generation_config = GenerationConfig.from_pretrained(
+            source, revision=revision or "main", local_files_only=place["local_files_only"]
+        )
     tokenizer = AutoTokenizer.from_pretrained(source, **place)
     return Model(skeleton, tokenizer, settings.repo, backend="nnsight", remote=settings)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, *, local: bool) -> tuple[Any, Any]:
+    """A checkpoint's model and tokenizer. Of what lies in it nothing is run, and nothing is unpickled.
+
+    That is said outright at each step: left unsaid, transformers asks at the terminal whether code that comes with a
+    checkpoint shall run, and takes weights from a pickle where there are no safetensors.
+    """
+    if not Path(source).is_dir():
+        return _read_checkpoint(source, dtype, revision, local=local)
+    _require_checkpoint(Path(source))
+    try:
+        return _read_checkpoint(source, dtype, revision, local=True)
+    except NptiError:
+        raise
+    except Exception as error:  # transformers says in many ways what is wrong with a file
+        raise ArtifactError(f"transformers cannot load the checkpoint in {source}: {error}") from error
+
+
+def _read_checkpoint(source: str, dtype: torch.dtype, revision: str | None, *, local: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from npti_interp.errors import UnsupportedModelError
-    from npti_interp.models._sites import SUPPORTED_MODEL_TYPES
-
-    place: dict[str, Any] = {"revision": revision, "local_files_only": local}
+    place: dict[str, Any] = {"revision": revision, "local_files_only": local, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **place)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:  # before gigabytes of weights are read
+    _require_supported(config.model_type)  # before gigabytes of weights are read
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **place)
+    tokenizer = AutoTokenizer.from_pretrained(source, **place)
+    tokenizer("a")  # settings of a wrong type show when it is used
+    return model, tokenizer
+
+
+def _require_supported(model_type: Any) -> None:
+    if model_type not in SUPPORTED_MODEL_TYPES:
         raise UnsupportedModelError(
-            f"no FFN site is known for model type {config.model_type!r} (mixture-of-experts models have none); "
+            f"no FFN site is known for model type {model_type!r} (mixture-of-experts models have none); "
             f"supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place)
-    return model, AutoTokenizer.from_pretrained(source, **place)
+
+
+def _require_checkpoint(folder: Path) -> None:
+    """Look at a directory before transformers does.
+
+    Raises:
+        UnsupportedModelError: its model type has no known FFN site.
+        ArtifactError: no configuration, no safetensors, or a configuration that claims a model far larger than its
+            weights: transformers would set out to make it, in memory, however large.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ArtifactError(f"{folder} holds no config.json, so no model in Hugging Face's format")
+    config: Any = read_json(file)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{file} is no model's configuration")
+    _require_supported(config.get("model_type"))
+    decoding = folder / "generation_config.json"
+    if decoding.exists() and not isinstance(read_json(decoding), dict):  # transformers would pass over it in silence
+        raise ArtifactError(f"{decoding} is no object of settings")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ArtifactError(
+            f"{folder} holds no .safetensors file; weights in pickles are never read: save the model anew with "
+            "save_pretrained"
+        )
+    tensors, entries = 0, 0
+    for path in weights:
+        own = _safetensors_sizes(path)
+        tensors, entries = tensors + len(own), entries + sum(own)
+    require_plausible(config, tensors, entries, str(file))
+
+
+def _safetensors_sizes(path: Path) -> list[int]:
+    """Entries of every tensor of a file, from its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file: {error}") from error

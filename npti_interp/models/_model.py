@@ -195,11 +195,17 @@ class Model:
             text = self._template(messages)
         except Exception as error:  # templates raise jinja2's TemplateError when they refuse a role
             if type(error).__name__ != "TemplateError" or messages[0]["role"] != "system" or len(messages) < 2:
-                raise
+                raise self._bad_template(error) from error
             merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            text = self._template([merged, *messages[2:]])
+            try:
+                text = self._template([merged, *messages[2:]])
+            except Exception as again:
+                raise self._bad_template(again) from again
         # The template writes the special tokens itself; adding them again would double the first one.
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _bad_template(self, error: Exception) -> ValueError:
+        return ValueError(f"the chat template of {self.name} fails ({type(error).__name__}: {error})")
 
     def _template(self, messages: Sequence[Message]) -> str:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

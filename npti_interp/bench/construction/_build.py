@@ -33,7 +33,7 @@ from npti_interp.bench.construction._filters import (
 from npti_interp.bench.construction._items import ItemLike, build_items, items_digest
 from npti_interp.bench.construction._plan import ASIDE, Plan, make_plan
 from npti_interp.bench.construction._prompts import prompts_digest
-from npti_interp.bench.construction._tables import BENCH, BuildFolder, Row, shard_name
+from npti_interp.bench.construction._tables import BENCH, BuildFolder, Row, read_rows, shard_name
 from npti_interp.bench.construction._writing import (
     Task,
     ask,
@@ -46,6 +46,7 @@ from npti_interp.bench.construction._writing import (
     refinement_tasks,
 )
 from npti_interp.chat._base import ChatEstimate
+from npti_interp.errors import ArtifactError
 from npti_interp.runs import read_manifest
 from npti_interp.traits import POLES, Trait
 
@@ -79,11 +80,15 @@ class BuildResult:
 
         Raises:
             FileNotFoundError: none is there, or it is not finished.
+            ArtifactError: its card is damaged.
         """
         path = Path(folder)
         if not (path / _CARD).is_file():
             raise FileNotFoundError(f"{path} holds no finished build; run build_bench with this folder")
-        return cls(path, read_json(path / _CARD))
+        card: Any = read_json(path / _CARD)
+        if not isinstance(card, dict):
+            raise ArtifactError(f"{path / _CARD} is no data card")
+        return cls(path, card)
 
     @property
     def path(self) -> Path:
@@ -284,9 +289,7 @@ class _Begun:
         return name in self._files
 
     def read(self, name: str) -> list[Row]:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self._folder / name).to_pylist()
+        return read_rows(self._folder / name)
 
 
 def _first_tasks(plan: Plan, stage: str, trait: Trait) -> Iterator[tuple[int, list[Task]]]:
