@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import platformdirs
 
 from npti_interp.errors import ArtifactError
 
-__all__ = ["EMBEDDED_MODELS", "cache_folder", "embedded_checkpoint", "is_gguf", "load_gguf"]
+__all__ = ["EMBEDDED_MODELS", "cache_folder", "embedded_checkpoint", "gguf_elements", "is_gguf", "load_gguf"]
 
 EMBEDDED_MODELS: tuple[str, ...] = ("smollm2-135m",)
 """Names that `load_model` resolves without any download."""
@@ -36,6 +38,56 @@ def is_gguf(path: Path) -> bool:
     """Whether the file starts with the GGUF magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def gguf_elements(path: Path) -> int:
+    """Entries of all tensors of a GGUF file, from its header alone.
+
+    Raises:
+        ArtifactError: the header is not whole, or of a version that is not known.
+    """
+    with path.open("rb") as file:
+
+        def take(code: str) -> int:
+            own = struct.Struct("<" + code)
+            return own.unpack(file.read(own.size))[0]
+
+        def skip(kind: int) -> None:
+            if kind in _GGUF_SIZES:
+                file.seek(_GGUF_SIZES[kind], os.SEEK_CUR)
+            elif kind == _GGUF_STRING:
+                file.seek(take("Q"), os.SEEK_CUR)
+            elif kind == _GGUF_ARRAY:
+                inner, count = take("I"), take("Q")
+                if inner in _GGUF_SIZES:
+                    file.seek(_GGUF_SIZES[inner] * count, os.SEEK_CUR)
+                else:
+                    for _ in range(count):
+                        skip(inner)
+            else:
+                raise ValueError(f"a value of type {kind}")
+
+        try:
+            file.seek(4)
+            if (version := take("I")) not in (2, 3):
+                raise ValueError(f"version {version}")
+            tensors, settings = take("Q"), take("Q")
+            for _ in range(settings):
+                skip(_GGUF_STRING)
+                skip(take("I"))
+            total = 0
+            for _ in range(tensors):
+                skip(_GGUF_STRING)
+                total += math.prod(take("Q") for _ in range(take("I")))
+                file.seek(4 + 8, os.SEEK_CUR)  # type, offset
+        except (struct.error, ValueError) as error:
+            raise ArtifactError(f"{path}: not a whole GGUF header ({error})") from error
+    return total
+
+
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the plain types of values in a header."""
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def _sha256(path: Path) -> str:

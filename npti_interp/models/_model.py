@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,7 +28,9 @@ from npti_interp.errors import NonFiniteActivationError
 from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, require_room
 from npti_interp.interventions import Intervention, edit_plan, stack
 from npti_interp.models._fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint, fingerprint_model
+from npti_interp.models._memory import ModelShape, make_plan, overcommit_allowed, refuse
 from npti_interp.models._sites import FFNSites, find_sites
+from npti_interp.models._weights import compute_dtype, execution_device, layer_devices
 
 DEFAULT_CACHE_BYTES = 2**30
 """Memory for keys and values while decoding."""
@@ -57,7 +60,9 @@ class Model:
         sites: where its FFN neurons are.
         fingerprint: its identity.
         backend: the engine that runs it.
-        cache_bytes: memory for keys and values while decoding; decides how many rows are decoded at once.
+        cache_bytes: memory for keys and values while decoding; decides, with the memory that is left, how many rows are
+            decoded at once (which changes no result).
+        allow_overcommit: work even where memory will not do by the plan (`npti_interp.plan_memory`).
 
     Raises:
         UnsupportedModelError: mixture-of-experts or unknown architecture.
@@ -84,6 +89,8 @@ class Model:
         self.tokenizer: Any = tokenizer
         self.name = name
         self.cache_bytes = DEFAULT_CACHE_BYTES
+        self.allow_overcommit = False
+        self.remote_settings = remote
         self._active: list[Intervention] = []
         stop = self._stop_tokens()
         rows = int(self.hf_model.get_input_embeddings().weight.shape[0])
@@ -103,8 +110,8 @@ class Model:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are in this process; of a remote model they are not."""
-        return next(self.hf_model.parameters()).device.type != "meta"
+        """Whether the weights are at hand (offloaded ones are fetched when needed); of a remote model they are not."""
+        return execution_device(self.hf_model).type != "meta"
 
     def require_weights(self, what: str) -> None:
         """Raise unless the weights are in this process.
@@ -118,6 +125,55 @@ class Model:
                 "with backend='transformer_lens'"
             )
 
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """What plans of memory need to know of the model."""
+        return ModelShape.of_model(self.hf_model, self.sites, self.name)
+
+    def _rows_at_once(
+        self, rows: Sequence[Row], interventions: Sequence[Intervention | None], decoding: Decoding,
+        batch_size: int | None, what: str, n_blocks: int = 0,
+    ) -> int:  # fmt: skip
+        """Rows to decode at once: those asked for, or as many as `cache_bytes` and the memory that is left allow.
+
+        Args:
+            rows: all of them.
+            interventions: of the call.
+            decoding: how tokens are chosen.
+            batch_size: rows asked for.
+            what: what is about to be done, for the message.
+            n_blocks: blocks of the statistics that are collected meanwhile; 0 is none.
+
+        Raises:
+            NotEnoughMemoryError: the rows asked for, or even one, will not fit.
+        """
+        most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+        if self.remote_settings is not None:
+            return most
+        touched: set[int] = set()
+        for own in interventions:
+            touched |= set(own.layer_edits(self.sites.n_layers, self.sites.d_mlp)) if own is not None else set()
+        asked: dict[str, Any] = {
+            "prompt_tokens": max(len(row.prompt) for row in rows), "max_new_tokens": decoding.max_new_tokens,
+            "conditions": len(interventions), "layers": len(touched), "traits": 1 if n_blocks else 0,
+            "n_blocks": n_blocks or DEFAULT_BLOCKS, "loaded": True,
+        }  # fmt: skip
+        n = min(most, len(rows))
+        plan = make_plan(self.shape, rows=n, more_rows=n < len(rows), **asked)
+        if plan.fits or overcommit_allowed(self.allow_overcommit):
+            return most
+        if batch_size is None:
+            fewer = int(make_plan(self.shape, rows=None, budget=self.cache_bytes, **asked).settings["rows"])
+            advice = ("not even one row fits: shorten prompts or answers, try fewer interventions at once, or load the "
+                      "model smaller (dtype=, quantization=)",)  # fmt: skip
+            n = min(n, fewer)
+            refuse(make_plan(self.shape, rows=n, **asked), f"{what} {n} row{'s' * (n > 1)} at once", advice)
+            return n
+        fewer = make_plan(self.shape, rows=None, **asked)
+        advice = (f"batch_size={fewer.settings['rows']} fits",) if fewer.fits else ()
+        refuse(plan, f"{what} {n} rows at once", (*advice, "left out, batch_size is chosen to fit"))
+        return most
+
     def _stop_tokens(self) -> list[int]:
         found: list[int] = []
         for source in (self.hf_model.generation_config, self.hf_model.config, self.tokenizer):
@@ -127,15 +183,19 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Precision of the weights, such as ``torch.float32``; of a remote model the server's."""
+        """Precision of weights and activations, such as ``torch.float32``; of a remote model the server's.
+
+        Of a quantised model that of the activations, with how the weights are stored.
+        """
         if isinstance(self.backend, RemoteBackend):
             return self.backend.dtype
-        return str(next(self.hf_model.parameters()).dtype)
+        dtype = str(compute_dtype(self.hf_model))
+        return f"{dtype}, {self.fingerprint.quantisation} weights" if self.fingerprint.quantisation else dtype
 
     @property
     def device(self) -> str:
-        """Kind of device the weights are on: ``cpu``, ``cuda`` and so on."""
-        return next(self.hf_model.parameters()).device.type if self.has_weights else "server"
+        """Kind of device the model computes on: ``cpu``, ``cuda`` and so on; where it enters, if there are several."""
+        return execution_device(self.hf_model).type if self.has_weights else "server"
 
     @property
     def bridge(self) -> Any:
@@ -390,6 +450,7 @@ class Model:
         Raises:
             ValueError: nothing to do, an empty prompt, or an index out of range.
             FingerprintMismatchError: an intervention belongs to another model.
+            NotEnoughMemoryError: the batch asked for, or even one row, will not fit into memory.
         """
         if not interventions:
             raise ValueError("no interventions were given; use [None] for the unedited model")
@@ -401,7 +462,7 @@ class Model:
                 raise ValueError(f"pair ({k}, {c}) is outside {len(encoded)} prompts × {len(checked)} interventions")
         rows = [Row(encoded[k], c, key=k) for k, c in pairs]
         with _bar(progress, len(rows), "generate") as bar:
-            most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+            most = self._rows_at_once(rows, checked, decoding, batch_size, "generating")
             tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
         return [self._decode(t) for t in tokens]
 
@@ -429,14 +490,14 @@ class Model:
             raise ValueError(f"{len(encoded)} prompts but {len(chosen)} blocks")
         if any(not 0 <= b < n_blocks for b in chosen):
             raise ValueError(f"blocks must lie in 0 … {n_blocks - 1}, got {min(chosen)} … {max(chosen)}")
-        collector = ActivationCollector(self.fingerprint, n_blocks)
         rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
         edits = [self._checked(intervention)]
+        collector = ActivationCollector(self.fingerprint, n_blocks)
         described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
         with _bar(progress, len(rows), "collect") as bar:
             if answers is None:
                 decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
-                most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+                most = self._rows_at_once(rows, edits, decoding, batch_size, "collecting on", n_blocks)
                 tokens = self.backend.generate(rows, edits, decoding, collector=collector, max_rows=most, progress=bar)
                 made = [self._decode(t) for t in tokens]
                 return collector.result({"decoding": decoding.to_dict(), **described}), made
@@ -510,14 +571,50 @@ class Model:
         Raises:
             ValueError: unequal lengths, an intervention that cannot be replayed, or a prompt too short for it.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity among the results.
         """
         encoded = self._encode_all(prompts)
         if len(encoded) != len(continuations):
             raise ValueError(f"{len(encoded)} prompts but {len(continuations)} lists of continuations")
         tokens = [[self.encode_answer(text) for text in texts] for texts in continuations]
         with _bar(progress, len(encoded), "score") as bar:
-            sums = self.backend.log_likelihoods(encoded, tokens, self._checked(intervention), progress=bar)
+            sums: list[list[float]] = [[] for _ in encoded]
+            checked = self._checked(intervention)
+            for group in self._scored_at_once(encoded, tokens):
+                own = self.backend.log_likelihoods(
+                    [encoded[k] for k in group], [tokens[k] for k in group], checked, progress=bar
+                )  # fmt: skip
+                for k, values in zip(group, own, strict=True):
+                    sums[k] = values
+        if bad := [k for k, values in enumerate(sums) if not np.isfinite(values).all()]:
+            raise NonFiniteActivationError(
+                f"the log-probabilities of prompt {bad[0]}'s continuations are NaN or infinite: half precision "
+                "overflowing, damaged weights, or an edit that is too large do this; `collect_activations` names the layer"
+            )
         return sums, [[len(t) for t in own] for own in tokens]
+
+    def _scored_at_once(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[int]]:
+        """Prompts that are scored in one call: as many as keeps the continuations' keys and values within `cache_bytes`.
+
+        A backend bounds the continuations' tokens, and each of them holds its whole prompt's keys and values.
+        """
+        if self.remote_settings is not None:
+            return [list(range(len(prompts)))]
+        budget = self.cache_bytes // max(1, sum(self.shape.per_place().values()))
+        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))  # as the engine does
+        groups: list[list[int]] = [[]]
+        rows = longest = 0
+        for k in order:
+            place = len(prompts[k]) + max((len(c) for c in continuations[k]), default=0)
+            more = rows + len(continuations[k])
+            if groups[-1] and more * max(longest, place) > budget:
+                groups.append([])
+                rows, longest, more = 0, 0, len(continuations[k])
+            groups[-1].append(k)
+            rows, longest = more, max(longest, place)
+        return groups
 
     def next_token_logits(
         self, prompts: Sequence[Prompt], intervention: Intervention | None = None
@@ -531,8 +628,15 @@ class Model:
         Raises:
             ValueError: as for `log_likelihoods`.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity among them.
         """
-        return self.backend.next_token_logits(self._encode_all(prompts), self._checked(intervention))
+        found = self.backend.next_token_logits(self._encode_all(prompts), self._checked(intervention))
+        if len(bad := (~torch.isfinite(found).all(dim=1)).nonzero()):
+            raise NonFiniteActivationError(
+                f"the logits after prompt {int(bad[0])} are NaN or infinite: half precision overflowing, damaged weights, "
+                "or an edit that is too large do this"
+            )
+        return found
 
     def read(
         self,
@@ -670,7 +774,7 @@ def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Interv
         raise ValueError("an edit with a random mask needs the step's number; pass it to Model.generate instead")
     if intervention.edit_prompt_end:
         raise ValueError("edit_prompt_end is only known to Model.generate; pass the edit as its argument")
-    state = Pass(Edits(edit_plan([intervention], sites)), SITES)
+    state = Pass(Edits(edit_plan([intervention], sites), layer_devices(hf_model, sites)), SITES)
     handles = hook_sites(sites.modules(hf_model), state)
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
