@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from npti_interp import _cli_audit, _cli_humans
+from npti_interp import _cli_audit, _cli_humans, _cli_plan
 from npti_interp.bench.construction._cli import build
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def reproduce(
     config = replace(PRESETS[preset], model=model) if model else PRESETS[preset]
     folder = out or Path("runs") / preset
     try:
-        result = run(config, folder, model=_load(config.model, dtype, device, backend, remote), bench=_bench(bench))
+        loaded = _load(config.model, dtype, device, backend, remote)
+        typer.echo(f"{_cli_plan.plan_of_run(loaded, config)}\n")
+        result = run(config, folder, model=loaded, bench=_bench(bench))
     except KeyboardInterrupt:
         typer.echo(f"\nnpti: stopped; the same command goes on from what is in {folder}", err=True)
         raise typer.Exit(130) from None
@@ -250,7 +252,9 @@ def experiment(
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run; `npti reproduce --out {run}` makes one")
     wanted = read_json(run / "config.json")["settings"]["model"]
-    lab = Lab.from_run(run, model=_load(wanted, dtype, device, backend, remote), bench=_bench(bench))
+    loaded = _load(wanted, dtype, device, backend, remote)
+    typer.echo(f"{_cli_plan.plan_of_run(loaded)}\n")
+    lab = Lab.from_run(run, model=loaded, bench=_bench(bench))
     for own in names:
         try:
             result = EXPERIMENTS[own].run(lab, preset)
@@ -280,6 +284,7 @@ def figures(
 
 app.command()(build)
 app.command()(_cli_audit.audit)
+app.command()(_cli_plan.plan)
 app.add_typer(_cli_humans.app, name="humans")
 
 

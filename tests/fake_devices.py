@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -38,10 +39,8 @@ class _Elsewhere(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist:  # PyTorch refuses it for such tensors
-            return args[0].held.tolist()
-        if func is Tensor.__setitem__ and isinstance(args[2], int | float | bool):  # made in C++, out of our sight
-            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
+        if (own := _by_hand(func, args)) is not NotImplemented:
+            return own
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -67,15 +66,53 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None and asked.type == KIND:
         kwargs = {**kwargs, "device": torch.device("cpu")}
 
-    def bare(t: Any) -> Any:
-        return t.held if isinstance(t, _Elsewhere) else t
-
-    result = func(*tree_map(bare, args), **tree_map(bare, kwargs))
+    result = func(*_bare(args), **_bare(kwargs))
     if func.overloadpacket.__name__.endswith("_") and isinstance(args[0], _Elsewhere):
         return args[0]
     if out.type != KIND:
         return result
-    return tree_map(lambda t: _Elsewhere(t, out) if isinstance(t, Tensor) and not isinstance(t, _Elsewhere) else t, result)
+    return tree_map(
+        lambda t: _Elsewhere(t, out) if isinstance(t, Tensor) and not isinstance(t, _Elsewhere) else t, result
+    )
+
+
+def _bare(value: Any) -> Any:
+    return tree_map(lambda t: t.held if isinstance(t, _Elsewhere) else t, value)
+
+
+def _by_hand(func: Any, args: Any) -> Any:
+    """What PyTorch does in C++ with a guard of the device, before any of the hooks above is asked."""
+    if func == Tensor.tolist:
+        return args[0].held.tolist()
+    if func in (Tensor.contiguous, Tensor.__invert__) and isinstance(args[0], _Elsewhere):
+        return _Elsewhere(func(args[0].held), args[0].device)
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        whole, index = args[:2]
+        indices = [t for t in tree_flatten(index)[0] if isinstance(t, Tensor)]
+        if wrong := {t.device for t in indices} - {whole.device, torch.device("cpu")}:
+            raise RuntimeError(f"indices should be on the CPU or on {whole.device}, found {wrong}")
+        if func == Tensor.__getitem__:
+            found = _bare(whole)[_bare(index)]
+            return _Elsewhere(found, whole.device) if isinstance(whole, _Elsewhere) else found
+        value = args[2]
+        far = isinstance(value, Tensor) and value.ndim and value.device != whole.device
+        if indices and far:
+            raise RuntimeError(f"what is put at indices of {whole.device} is on {value.device}")
+        _bare(whole)[_bare(index)] = _bare(value)
+        return None
+    return NotImplemented
+
+
+class _Functions(TorchFunctionMode):
+    """Tensors from lists: made on the CPU, then sent."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == KIND:
+            del kwargs["device"]
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
 
 
 class _Mode(TorchDispatchMode):
@@ -88,5 +125,5 @@ class _Mode(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_devices() -> Iterator[None]:
     """Inside, ``"ve:0"`` and ``"ve:1"`` work; without gradients."""
-    with torch.no_grad(), _Mode():
+    with torch.no_grad(), _Functions(), _Mode():
         yield

@@ -134,21 +134,21 @@ class Model:
         self, rows: Sequence[Row], interventions: Sequence[Intervention | None], decoding: Decoding,
         batch_size: int | None, what: str, n_blocks: int = 0,
     ) -> int:  # fmt: skip
-        """Rows to decode at once: those asked for, or as many as `cache_bytes` and the memory that is left allow.
+        """Rows to decode at once: as many as asked for (or as `cache_bytes` allows), fewer where memory is short.
 
         Args:
             rows: all of them.
             interventions: of the call.
             decoding: how tokens are chosen.
-            batch_size: rows asked for.
+            batch_size: most rows at once; None is what `cache_bytes` allows.
             what: what is about to be done, for the message.
             n_blocks: blocks of the statistics that are collected meanwhile; 0 is none.
 
         Raises:
-            NotEnoughMemoryError: the rows asked for, or even one, will not fit.
+            NotEnoughMemoryError: not even one row will fit.
         """
         most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
-        if self.remote_settings is not None:
+        if self.remote_settings is not None or overcommit_allowed(self.allow_overcommit):
             return most
         touched: set[int] = set()
         for own in interventions:
@@ -159,20 +159,17 @@ class Model:
             "n_blocks": n_blocks or DEFAULT_BLOCKS, "loaded": True,
         }  # fmt: skip
         n = min(most, len(rows))
-        plan = make_plan(self.shape, rows=n, more_rows=n < len(rows), **asked)
-        if plan.fits or overcommit_allowed(self.allow_overcommit):
+        if make_plan(self.shape, rows=n, more_rows=n < len(rows), **asked).fits:
             return most
-        if batch_size is None:
-            fewer = int(make_plan(self.shape, rows=None, budget=self.cache_bytes, **asked).settings["rows"])
-            advice = ("not even one row fits: shorten prompts or answers, try fewer interventions at once, or load the "
-                      "model smaller (dtype=, quantization=)",)  # fmt: skip
-            n = min(n, fewer)
-            refuse(make_plan(self.shape, rows=n, **asked), f"{what} {n} row{'s' * (n > 1)} at once", advice)
-            return n
-        fewer = make_plan(self.shape, rows=None, **asked)
-        advice = (f"batch_size={fewer.settings['rows']} fits",) if fewer.fits else ()
-        refuse(plan, f"{what} {n} rows at once", (*advice, "left out, batch_size is chosen to fit"))
-        return most
+        fewer = min(n, int(make_plan(self.shape, rows=None, **asked).settings["rows"]))
+        advice = (
+            "shorten prompts or answers, try fewer interventions at once, or load the model smaller (dtype=, "
+            "quantization=)",
+        )  # fmt: skip
+        refuse(
+            make_plan(self.shape, rows=fewer, **asked), f"{what} even {fewer} row{'s' * (fewer > 1)} at once", advice
+        )
+        return fewer
 
     def _stop_tokens(self) -> list[int]:
         found: list[int] = []
@@ -362,7 +359,7 @@ class Model:
             top_p: nucleus, for temperatures above 0.
             repetition_penalty: 1 is none.
             seed: of the drawing; each prompt has its own stream, so the batch does not matter.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a progress bar.
 
         Returns:
@@ -407,7 +404,7 @@ class Model:
             top_p: as for `generate`.
             repetition_penalty: as for `generate`.
             seed: as for `generate`; a prompt draws alike under every intervention.
-            batch_size: rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
+            batch_size: most rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -441,7 +438,7 @@ class Model:
             interventions: None is the unedited model.
             pairs: ``(prompt, intervention)`` by index, one an answer.
             decoding: how tokens are chosen.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -450,7 +447,7 @@ class Model:
         Raises:
             ValueError: nothing to do, an empty prompt, or an index out of range.
             FingerprintMismatchError: an intervention belongs to another model.
-            NotEnoughMemoryError: the batch asked for, or even one row, will not fit into memory.
+            NotEnoughMemoryError: not even one row will fit into memory.
         """
         if not interventions:
             raise ValueError("no interventions were given; use [None] for the unedited model")

@@ -7,6 +7,7 @@ stores a projection's weights packed (4-bit) or as integers with a scale a row (
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -182,11 +183,29 @@ def plain_weight(module: nn.Module) -> Float[Tensor, "out in"]:
 
     weight: Any = module.weight
     if not _is_8bit(module):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        state = weight.quant_state
+        if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            return _unpacked(weight.data, state)
+        return functional.dequantize_4bit(weight.data, state)
     # Fresh from a checkpoint, integers and scales are on the parameter; after a pass of bitsandbytes' own, on the state.
-    state: Any = module.state
-    scales = weight.SCB if weight.SCB is not None else state.SCB
+    scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
     return functional.int8_vectorwise_dequant(weight.data, scales)
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    """4-bit weights as numbers, by their definition: level × scale of the block.
+
+    bitsandbytes 0.50 on a CPU takes wrong scales where a row's end is not a block's.
+    """
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
+
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    flat = packed.flatten()
+    levels = torch.stack([flat >> 4, flat & 15], dim=1).flatten().long()[: math.prod(state.shape)]
+    blocks = scales.float().repeat_interleave(state.blocksize)[: len(levels)]
+    return (state.code[levels] * blocks).view(state.shape).to(state.dtype)
 
 
 def devices_of(model: nn.Module) -> Sequence[torch.device]:
