@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ArtifactError,
         FingerprintMismatchError,
         NonFiniteActivationError,
+        NotEnoughMemoryError,
         NptiError,
         RemoteJobError,
         RemoteServiceError,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
         stack,
     )
     from npti_interp.methods import METHODS, Method, Prepared, SearchData
-    from npti_interp.models import Model, ModelFingerprint, generate_sweep, load_model
+    from npti_interp.models import MemoryPlan, Model, ModelFingerprint, generate_sweep, load_model, plan_memory
     from npti_interp.neurons import NeuronSet, select_lape, select_neurons
     from npti_interp.traits import POLES, TRAITS, Pole, Trait
 
@@ -73,6 +74,7 @@ _HOME = {
         "ArtifactError",
         "FingerprintMismatchError",
         "NonFiniteActivationError",
+        "NotEnoughMemoryError",
         "NptiError",
         "RemoteJobError",
         "RemoteServiceError",
@@ -117,7 +119,7 @@ _HOME = {
         "stack",
     ),
     "methods": ("METHODS", "Method", "Prepared", "SearchData"),
-    "models": ("Model", "ModelFingerprint", "generate_sweep", "load_model"),
+    "models": ("MemoryPlan", "Model", "ModelFingerprint", "generate_sweep", "load_model", "plan_memory"),
     "neurons": ("NeuronSet", "select_lape", "select_neurons"),
     "traits": ("POLES", "TRAITS", "Pole", "Trait"),
 }
@@ -149,12 +151,14 @@ __all__ = [
     "LocalChat",
     "LocalRatingJudge",
     "Location",
+    "MemoryPlan",
     "Method",
     "Model",
     "ModelFingerprint",
     "NeuronEdit",
     "NeuronSet",
     "NonFiniteActivationError",
+    "NotEnoughMemoryError",
     "NptiError",
     "Persona",
     "PersonalityBench",
@@ -183,6 +187,7 @@ __all__ = [
     "load_model",
     "locate",
     "pair_scores",
+    "plan_memory",
     "published_overlap",
     "reproduce",
     "save_figure",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from npti_interp import _cli_audit, _cli_humans
+from npti_interp import _cli_audit, _cli_humans, _cli_plan
 from npti_interp.bench.construction._cli import build
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def reproduce(
     folder = out or Path("runs") / preset
     require_usable(folder)  # before the model is loaded
     try:
-        result = run(config, folder, model=_load(config.model, dtype, device, backend, remote), bench=_bench(bench))
+        loaded = _load(config.model, dtype, device, backend, remote)
+        typer.echo(f"{_cli_plan.plan_of_run(loaded, config)}\n")
+        result = run(config, folder, model=loaded, bench=_bench(bench))
     except KeyboardInterrupt:
         typer.echo(f"\nnpti: stopped; the same command goes on from what is in {folder}", err=True)
         raise typer.Exit(130) from None
@@ -264,8 +266,9 @@ def experiment(
     about = finished_run(run, "reproduce", f"`npti reproduce --out {run}` makes or continues one")
     for own in names:
         require_usable(run / own)  # before the model is loaded
-    wanted = about["settings"]["model"]
-    lab = Lab.from_run(run, model=_load(wanted, dtype, device, backend, remote), bench=_bench(bench))
+    loaded = _load(about["settings"]["model"], dtype, device, backend, remote)
+    typer.echo(f"{_cli_plan.plan_of_run(loaded)}\n")
+    lab = Lab.from_run(run, model=loaded, bench=_bench(bench))
     for own in names:
         try:
             result = EXPERIMENTS[own].run(lab, preset)
@@ -298,6 +301,7 @@ def figures(
 
 app.command()(build)
 app.command()(_cli_audit.audit)
+app.command()(_cli_plan.plan)
 app.add_typer(_cli_humans.app, name="humans")
 
 

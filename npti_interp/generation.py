@@ -52,6 +52,7 @@ from npti_interp.activations import ActivationCollector
 from npti_interp.errors import NonFiniteActivationError
 from npti_interp.interventions import Intervention, edit_plan
 from npti_interp.models._sites import FFNSites
+from npti_interp.models._weights import compute_dtype, execution_device, layer_devices
 
 __all__ = ["Answer", "Decoding", "LocalEngine", "Progress", "Row"]
 
@@ -188,8 +189,10 @@ class _BufferLayer(DynamicLayer):
             self.lazy_initialization(keys[:1].expand(n_rows, -1, -1, -1), values[:1].expand(n_rows, -1, -1, -1))
         start = at - keys.shape[2]
         for own, new in ((self._k, keys), (self._v, values)):
-            own[rows, :, :start] = 0  # what the row before left there may not be finite
-            own[rows, :, start:at] = new.index_select(0, index)
+            # The layers of one model may be on several devices.
+            to, chosen = rows.to(own.device), index.to(new.device)
+            own[to, :, :start] = 0  # what the row before left there may not be finite
+            own[to, :, start:at] = new.index_select(0, chosen)
         self._set(self._low, at)
 
     def load(self, keys: Tensor, values: Tensor) -> None:
@@ -216,6 +219,7 @@ class _BufferLayer(DynamicLayer):
         """Keep only some rows, in ascending order; where there is no memory for a smaller buffer, in the old one."""
         if not self.is_initialized:
             return
+        index = index.to(self._k.device)
         try:
             self._k, self._v = self._k.index_select(0, index), self._v.index_select(0, index)
         except Exception as error:
@@ -484,8 +488,8 @@ class LocalEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where token tensors go."""
-        return next(self._model.parameters()).device
+        """Where token tensors go: to the embedding. Of a model on several devices, logits come back there."""
+        return execution_device(self._model.get_input_embeddings())
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -495,7 +499,7 @@ class LocalEngine:
             yield
 
     def _edits(self, interventions: Sequence[Intervention | None]) -> Edits:
-        return Edits(edit_plan(interventions, self._sites), self.device)
+        return Edits(edit_plan(interventions, self._sites), layer_devices(self._model, self._sites))
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Cache, keep: int | Tensor) -> Float[Tensor, "row pos vocab"]:
         length = ids.shape[1]
@@ -625,7 +629,7 @@ class LocalEngine:
 
     def rows_within(self, budget: int, rows: Sequence[Row], decoding: Decoding) -> int:
         """How many rows' keys and values fit into ``budget`` bytes, at least 1 and at most `MOST_ROWS`."""
-        size = torch.finfo(next(self._model.parameters()).dtype).bits // 8
+        size = compute_dtype(self._model).itemsize
         return cache_rows(self._model.config, self._sites.n_layers, size, budget, rows, decoding)
 
     def generate(
@@ -934,7 +938,8 @@ class LocalEngine:
             mask, owner, sizes = places_read(at, prompts, own, answering)
             means = Means(owner, sum(sizes))
             wanted = mask.to(self.device)
-            state.wanted, state.take = site, lambda layer, values: means.take(layer, values[wanted])
+            state.wanted = site
+            state.take = lambda layer, values: means.take(layer, values[wanted.to(values.device)])
             self._feed(state, batch)
             for r, part in zip(chunk, means.result().split(sizes), strict=True):
                 out[r] = part

@@ -36,6 +36,7 @@ from npti_interp.figures._several import plot_several
 from npti_interp.figures._style import TRAIT_COLOURS
 from npti_interp.interventions import CONFLICTS, Intervention, NeuronEdit, compose, count_conflicts
 from npti_interp.models import Model, Prompt
+from npti_interp.models._weights import execution_device
 from npti_interp.runs import read_table
 from npti_interp.traits import TRAITS, Pole, Trait, as_pole, as_trait
 
@@ -82,7 +83,7 @@ def token_effects(
     answer = [int(t) for t in tokens]
     if not answer:
         raise ValueError("the answer has no tokens")
-    device = next(model.hf_model.parameters()).device
+    device = execution_device(model.hf_model.get_input_embeddings())
     asked = torch.tensor([model.encode(prompt)], device=device)
     effects = np.zeros((len(edits), len(answer)))
     if len(answer) == 1 or not edits:

@@ -25,6 +25,7 @@ from npti_interp.errors import ArtifactError, UnsupportedMethodError
 from npti_interp.methods._base import Method, Prepared, SearchData, Setting
 from npti_interp.methods._records import read_record, write_record
 from npti_interp.models import Model
+from npti_interp.models._weights import is_offloaded
 from npti_interp.traits import POLES, Pole, Trait
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class SFTPrepared(Prepared):
                 twin, self.base.tokenizer, f"{self.base.name} + {pole} {self.trait}", backend=self.base.backend.name
             )
             made.cache_bytes = self.base.cache_bytes
+            made.allow_overcommit = self.base.allow_overcommit
             own = self.base.fingerprint
             made.fingerprint = replace(own, weights=f"{own.weights} + LoRA {adapter.digest} × {key[1]:g}")
             self._made[key] = made
@@ -188,11 +190,17 @@ class SFT(Method):
             raise ValueError(f"scales must be finite and at least one, got {self.scales}")
 
     def check(self, model: Model) -> None:
-        """See `Method.check`: the weights must be here, and the package peft installed."""
+        """See `Method.check`: the weights must be here in floating point, and the package peft installed."""
         if not model.has_weights or isinstance(model.backend, RemoteBackend):
             raise UnsupportedMethodError(
                 f"SFT trains and runs an adapter inside the model, and {model.name} runs on a server; load it in memory "
                 "with backend='transformer_lens', or use another method"
+            )
+        if model.fingerprint.quantisation or is_offloaded(model.hf_model):
+            state = f"in {model.fingerprint.quantisation}" if model.fingerprint.quantisation else "partly offloaded"
+            raise UnsupportedMethodError(
+                f"SFT trains beside weights in floating point on a device, and those of {model.name} are {state}; load "
+                "it without quantization= and without offloading, or use another method"
             )
         if importlib.util.find_spec("peft") is None:
             raise UnsupportedMethodError(

@@ -18,7 +18,7 @@ import platformdirs
 
 from npti_interp.errors import ArtifactError
 
-__all__ = ["EMBEDDED_MODELS", "cache_folder", "embedded_checkpoint", "is_gguf", "load_gguf"]
+__all__ = ["EMBEDDED_MODELS", "cache_folder", "embedded_checkpoint", "gguf_elements", "is_gguf", "load_gguf"]
 
 EMBEDDED_MODELS: tuple[str, ...] = ("smollm2-135m",)
 """Names that `load_model` resolves without any download."""
@@ -37,6 +37,15 @@ def is_gguf(path: Path) -> bool:
     """Whether the file starts with the GGUF magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def gguf_elements(path: Path) -> int:
+    """Entries of all tensors of a GGUF file, from its header alone.
+
+    Raises:
+        ArtifactError: the header is not whole, or claims what no model has.
+    """
+    return _gguf_tables(path)[2]
 
 
 def _sha256(path: Path) -> str:
@@ -99,11 +108,11 @@ _LARGEST_COUNT = 1 << 24
 """Entries of a GGUF and tokens of its vocabulary: twenty times what the largest one has."""
 
 
-def _require_gguf(path: Path) -> None:
-    """Look at a GGUF's tables before they are believed.
+def _gguf_tables(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Sizes by the names of a Hugging Face configuration, number of tensors and of their entries, from the header.
 
     Raises:
-        ArtifactError: it names more tensors or entries than a model has, or a model far larger than its weights.
+        ArtifactError: it cannot be read, or names more tensors or entries than a model has.
     """
     from gguf import GGUFReader
 
@@ -112,17 +121,28 @@ def _require_gguf(path: Path) -> None:
     counts = [int.from_bytes(head[at : at + 8], "little") for at in (8, 16)]
     if len(head) < 24 or max(counts) > _LARGEST_COUNT:
         raise ArtifactError(f"{path} is not a whole GGUF file (it claims {counts} tensors and entries)")
-    reader = GGUFReader(path)
-    sizes: dict[str, Any] = {}
-    for name, field in reader.fields.items():
-        key = _GGUF_SIZES.get(name.split(".", 1)[-1])
-        if key is not None and len(field.data) == 1:
-            sizes[key] = int(field.contents())
-    entries = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    require_plausible(sizes, len(reader.tensors), entries, str(path))
+    try:
+        reader = GGUFReader(path)
+        sizes: dict[str, Any] = {}
+        for name, field in reader.fields.items():
+            key = _GGUF_NAMES.get(name.split(".", 1)[-1])
+            if key is not None and len(field.data) == 1:
+                sizes[key] = int(field.contents())
+        return sizes, len(reader.tensors), sum(int(tensor.n_elements) for tensor in reader.tensors)
+    except Exception as error:  # the parser of a format without checksums says in many ways what is wrong
+        raise ArtifactError(f"{path}: not a whole GGUF header ({error})") from error
 
 
-_GGUF_SIZES = {
+def _require_gguf(path: Path) -> None:
+    """Look at a GGUF's tables before they are believed.
+
+    Raises:
+        ArtifactError: it names more tensors or entries than a model has, or a model far larger than its weights.
+    """
+    require_plausible(*_gguf_tables(path), str(path))
+
+
+_GGUF_NAMES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +29,9 @@ from npti_interp.errors import NonFiniteActivationError
 from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, hooked, require_room
 from npti_interp.interventions import Intervention, edit_plan, stack
 from npti_interp.models._fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint, fingerprint_model
+from npti_interp.models._memory import ModelShape, make_plan, overcommit_allowed, refuse
 from npti_interp.models._sites import FFNSites, find_sites
+from npti_interp.models._weights import compute_dtype, execution_device, layer_devices
 
 DEFAULT_CACHE_BYTES = 2**30
 """Memory for keys and values while decoding."""
@@ -58,7 +61,9 @@ class Model:
         sites: where its FFN neurons are.
         fingerprint: its identity.
         backend: the engine that runs it.
-        cache_bytes: memory for keys and values while decoding; decides how many rows are decoded at once.
+        cache_bytes: memory for keys and values while decoding; decides, with the memory that is left, how many rows are
+            decoded at once (which changes no result).
+        allow_overcommit: work even where memory will not do by the plan (`npti_interp.plan_memory`).
 
     Raises:
         UnsupportedModelError: mixture-of-experts or unknown architecture.
@@ -85,6 +90,8 @@ class Model:
         self.tokenizer: Any = tokenizer
         self.name = name
         self.cache_bytes = DEFAULT_CACHE_BYTES
+        self.allow_overcommit = False
+        self.remote_settings = remote
         self._active: list[Intervention] = []
         stop = self._stop_tokens()
         rows = int(self.hf_model.get_input_embeddings().weight.shape[0])
@@ -104,8 +111,8 @@ class Model:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are in this process; of a remote model they are not."""
-        return next(self.hf_model.parameters()).device.type != "meta"
+        """Whether the weights are at hand (offloaded ones are fetched when needed); of a remote model they are not."""
+        return execution_device(self.hf_model).type != "meta"
 
     def require_weights(self, what: str) -> None:
         """Raise unless the weights are in this process.
@@ -119,6 +126,52 @@ class Model:
                 "with backend='transformer_lens'"
             )
 
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """What plans of memory need to know of the model."""
+        return ModelShape.of_model(self.hf_model, self.sites, self.name)
+
+    def _rows_at_once(
+        self, rows: Sequence[Row], interventions: Sequence[Intervention | None], decoding: Decoding,
+        batch_size: int | None, what: str, n_blocks: int = 0,
+    ) -> int:  # fmt: skip
+        """Rows to decode at once: as many as asked for (or as `cache_bytes` allows), fewer where memory is short.
+
+        Args:
+            rows: all of them.
+            interventions: of the call.
+            decoding: how tokens are chosen.
+            batch_size: most rows at once; None is what `cache_bytes` allows.
+            what: what is about to be done, for the message.
+            n_blocks: blocks of the statistics that are collected meanwhile; 0 is none.
+
+        Raises:
+            NotEnoughMemoryError: not even one row will fit.
+        """
+        most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+        if self.remote_settings is not None or overcommit_allowed(self.allow_overcommit):
+            return most
+        touched: set[int] = set()
+        for own in interventions:
+            touched |= set(own.layer_edits(self.sites.n_layers, self.sites.d_mlp)) if own is not None else set()
+        asked: dict[str, Any] = {
+            "prompt_tokens": max(len(row.prompt) for row in rows), "max_new_tokens": decoding.max_new_tokens,
+            "conditions": len(interventions), "layers": len(touched), "traits": 1 if n_blocks else 0,
+            "n_blocks": n_blocks or DEFAULT_BLOCKS, "loaded": True,
+        }  # fmt: skip
+        n = min(most, len(rows))
+        if make_plan(self.shape, rows=n, more_rows=n < len(rows), **asked).fits:
+            return most
+        fewer = min(n, int(make_plan(self.shape, rows=None, **asked).settings["rows"]))
+        advice = (
+            "shorten prompts or answers, try fewer interventions at once, or load the model smaller (dtype=, "
+            "quantization=)",
+        )  # fmt: skip
+        refuse(
+            make_plan(self.shape, rows=fewer, **asked), f"{what} even {fewer} row{'s' * (fewer > 1)} at once", advice
+        )
+        return fewer
+
     def _stop_tokens(self) -> list[int]:
         found: list[int] = []
         for source in (self.hf_model.generation_config, self.hf_model.config, self.tokenizer):
@@ -128,15 +181,19 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Precision of the weights, such as ``torch.float32``; of a remote model the server's."""
+        """Precision of weights and activations, such as ``torch.float32``; of a remote model the server's.
+
+        Of a quantised model that of the activations, with how the weights are stored.
+        """
         if isinstance(self.backend, RemoteBackend):
             return self.backend.dtype
-        return str(next(self.hf_model.parameters()).dtype)
+        dtype = str(compute_dtype(self.hf_model))
+        return f"{dtype}, {self.fingerprint.quantisation} weights" if self.fingerprint.quantisation else dtype
 
     @property
     def device(self) -> str:
-        """Kind of device the weights are on: ``cpu``, ``cuda`` and so on."""
-        return next(self.hf_model.parameters()).device.type if self.has_weights else "server"
+        """Kind of device the model computes on: ``cpu``, ``cuda`` and so on; where it enters, if there are several."""
+        return execution_device(self.hf_model).type if self.has_weights else "server"
 
     @property
     def bridge(self) -> Any:
@@ -327,7 +384,7 @@ class Model:
             top_p: nucleus, for temperatures above 0.
             repetition_penalty: 1 is none.
             seed: of the drawing; each prompt has its own stream, so the batch does not matter.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a progress bar.
 
         Returns:
@@ -372,7 +429,7 @@ class Model:
             top_p: as for `generate`.
             repetition_penalty: as for `generate`.
             seed: as for `generate`; a prompt draws alike under every intervention.
-            batch_size: rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
+            batch_size: most rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -406,7 +463,7 @@ class Model:
             interventions: None is the unedited model.
             pairs: ``(prompt, intervention)`` by index, one an answer.
             decoding: how tokens are chosen.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -415,6 +472,7 @@ class Model:
         Raises:
             ValueError: nothing to do, an empty prompt, or an index out of range.
             FingerprintMismatchError: an intervention belongs to another model.
+            NotEnoughMemoryError: not even one row will fit into memory.
         """
         if not interventions:
             raise ValueError("no interventions were given; use [None] for the unedited model")
@@ -426,7 +484,7 @@ class Model:
                 raise ValueError(f"pair ({k}, {c}) is outside {len(encoded)} prompts × {len(checked)} interventions")
         rows = [Row(encoded[k], c, key=k) for k, c in pairs]
         with _bar(progress, len(rows), "generate") as bar:
-            most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+            most = self._rows_at_once(rows, checked, decoding, batch_size, "generating")
             with self._damage_named():
                 tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
         return [self._decode(t) for t in tokens]
@@ -455,14 +513,14 @@ class Model:
             raise ValueError(f"{len(encoded)} prompts but {len(chosen)} blocks")
         if any(not 0 <= b < n_blocks for b in chosen):
             raise ValueError(f"blocks must lie in 0 … {n_blocks - 1}, got {min(chosen)} … {max(chosen)}")
-        collector = ActivationCollector(self.fingerprint, n_blocks)
         rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
         edits = [self._checked(intervention)]
+        collector = ActivationCollector(self.fingerprint, n_blocks)
         described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
         with _bar(progress, len(rows), "collect") as bar, self._damage_named():
             if answers is None:
                 decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
-                most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+                most = self._rows_at_once(rows, edits, decoding, batch_size, "collecting on", n_blocks)
                 tokens = self.backend.generate(rows, edits, decoding, collector=collector, max_rows=most, progress=bar)
                 made = [self._decode(t) for t in tokens]
                 return collector.result({"decoding": decoding.to_dict(), **described}), made
@@ -543,7 +601,14 @@ class Model:
             raise ValueError(f"{len(encoded)} prompts but {len(continuations)} lists of continuations")
         tokens = [[self.encode_answer(text) for text in texts] for texts in continuations]
         with _bar(progress, len(encoded), "score") as bar, self._damage_named():
-            sums = self.backend.log_likelihoods(encoded, tokens, self._checked(intervention), progress=bar)
+            sums: list[list[float]] = [[] for _ in encoded]
+            checked = self._checked(intervention)
+            for group in self._scored_at_once(encoded, tokens):
+                own = self.backend.log_likelihoods(
+                    [encoded[k] for k in group], [tokens[k] for k in group], checked, progress=bar
+                )  # fmt: skip
+                for k, values in zip(group, own, strict=True):
+                    sums[k] = values
             for index, own in enumerate(sums):
                 if not np.isfinite(own).all():
                     raise NonFiniteActivationError(
@@ -551,6 +616,29 @@ class Model:
                         "at='prompt_end' names the layer in which they begin"
                     )
         return sums, [[len(t) for t in own] for own in tokens]
+
+    def _scored_at_once(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[int]]:
+        """Prompts that are scored in one call: as many as keeps the continuations' keys and values within `cache_bytes`.
+
+        A backend bounds the continuations' tokens, and each of them holds its whole prompt's keys and values.
+        """
+        if self.remote_settings is not None:
+            return [list(range(len(prompts)))]
+        budget = self.cache_bytes // max(1, sum(self.shape.per_place().values()))
+        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))  # as the engine does
+        groups: list[list[int]] = [[]]
+        rows = longest = 0
+        for k in order:
+            place = len(prompts[k]) + max((len(c) for c in continuations[k]), default=0)
+            more = rows + len(continuations[k])
+            if groups[-1] and more * max(longest, place) > budget:
+                groups.append([])
+                rows, longest, more = 0, 0, len(continuations[k])
+            groups[-1].append(k)
+            rows, longest = more, max(longest, place)
+        return groups
 
     def next_token_logits(
         self, prompts: Sequence[Prompt], intervention: Intervention | None = None
@@ -564,6 +652,7 @@ class Model:
         Raises:
             ValueError: as for `log_likelihoods`.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity among them.
         """
         return self.logits_after(self._encode_all(prompts), intervention)
 
@@ -724,7 +813,7 @@ def _hooked_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Inte
         raise ValueError("an edit with a random mask needs the step's number; pass it to Model.generate instead")
     if intervention.edit_prompt_end:
         raise ValueError("edit_prompt_end is only known to Model.generate; pass the edit as its argument")
-    state = Pass(Edits(edit_plan([intervention], sites)), SITES)
+    state = Pass(Edits(edit_plan([intervention], sites), layer_devices(hf_model, sites)), SITES)
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
