@@ -473,8 +473,13 @@ class QuantileSketch:
     def _descending(self, rank: int, positive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         codes = np.zeros(len(self.base), np.int32)
         _descending(rank, np.asarray(positive, np.int64), *self.arrays(), codes)
-        value = representatives(np.where(np.abs(codes) > _LOST, 0, codes))
-        return np.where(codes == _ZERO, 0.0, np.where(codes == _UNKNOWN, np.nan, value))
+        known = np.abs(codes) <= _LOST
+        place = np.where(known, codes, 0)
+        low = int(place.min(initial=0))
+        value = representatives(np.arange(low, int(place.max(initial=0)) + 1))[
+            place - low
+        ]  # far fewer bins than streams
+        return np.where(known, value, np.where(codes == _ZERO, 0.0, np.nan))
 
     def merge(self, other: QuantileSketch, n: int) -> Self:
         """The sketch of both streams' values together.

@@ -6,7 +6,7 @@ never prompt, padding, or anything after a row's end.
 
 Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
 the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are
-1,208, saturate at 2²⁴ and end at 3.0.)
+1,208, saturate at 2²⁴ and end at 3.0.) Where values lie on a device, so does this memory until the result is asked for.
 """
 
 from __future__ import annotations

@@ -151,7 +151,10 @@ def test_steps_of_any_size(chunk: int) -> None:
 def test_codes_are_the_same_to_the_bit(values: list[float]) -> None:
     array = np.array(values, np.float32)
     assert _device.grid_codes(torch.from_numpy(array)).tolist() == _sketch.grid_codes(array).tolist()
-    assert _sketch.grid_codes(array).tolist() == [_sketch._code(int(b)) for b in array.view(np.int32)]
+    bits = array.view(np.int32)
+    tile = np.zeros((1, len(array)), np.int32)
+    _sketch._tile_codes(bits[None], np.zeros(1, np.int64), 0, len(array), tile)
+    assert _sketch.grid_codes(array).tolist() == tile[0].tolist() == [_sketch._code(int(b)) for b in bits]
 
 
 def test_windows_are_placed_as_there() -> None:
