@@ -22,12 +22,13 @@ A value that is NaN or infinite makes its stream's mean so for good, which is wh
 
 It is exercised on CPU tensors, where it agrees with `npti_interp._sketch`. It has not been timed on a GPU: the sixty
 operations each read and write what they work on, so that memory traffic, some 300 bytes a value, is what it should cost
-there; one fused kernel could do with a tenth.
+there. `npti_interp._device_triton` does all sixty in one kernel that reads each value twice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,19 @@ class Part:
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
         device: where the values are.
+        fused: `npti_interp._device_triton.reduce`, which does in one kernel what otherwise is done here.
     """
 
-    def __init__(self, layers: range, n_neurons: int, n_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: range,
+        n_neurons: int,
+        n_blocks: int,
+        device: torch.device,
+        fused: Callable[..., None] | None = None,
+    ) -> None:
         n = len(layers) * n_neurons
+        self._fused = fused
         self.layers, self.n_neurons, self.device = layers, n_neurons, device
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -118,7 +128,7 @@ class Part:
 
         Args:
             first: the first of these layers.
-            values: float32, one layer's neurons after the other's.
+            values: of any floating type, one layer's neurons after the other's.
             blocks: each token's block.
         """
         at = first - self.layers.start
@@ -143,6 +153,10 @@ class Part:
     def _reduce(self, layers: slice, values: Tensor, blocks: Tensor) -> None:
         """Count, moments and sketch of no more tokens than there is room for. Nothing here may wait for the device."""
         own, n, seen = self._streams(layers), len(values), int(self.seen[layers.start])
+        if self._fused is not None:
+            self._fused(self, own, seen, values, blocks)
+            return
+        values = values.float()
         positive = values > 0
         self.counts[:, own].index_add_(0, blocks, positive.to(torch.int32))
 
@@ -293,10 +307,11 @@ class DeviceReducer:
         n_layers: of the model.
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
+        fused: see `Part`.
     """
 
-    def __init__(self, n_layers: int, n_neurons: int, n_blocks: int) -> None:
-        self._shape = n_layers, n_neurons, n_blocks
+    def __init__(self, n_layers: int, n_neurons: int, n_blocks: int, fused: Callable[..., None] | None = None) -> None:
+        self._shape, self._fused = (n_layers, n_neurons, n_blocks), fused
         self._parts: dict[int, Part] = {}  # by layer
         self._waiting: dict[int, tuple[Tensor, int]] = {}  # by layer, with the tensor's version
         self._rows = self._blocks = np.zeros(0, np.int64)
@@ -380,7 +395,7 @@ class DeviceReducer:
             own.append(values)
         part = self._parts.get(run.start)
         if part is None:
-            part = Part(run, *self._shape[1:], own[0].device)
+            part = Part(run, *self._shape[1:], own[0].device, self._fused)
             self._parts |= dict.fromkeys(run, part)
         rows, blocks = self._places(part.device, len(own[0]))
         values = torch.cat([v.to(part.device) for v in own], dim=1)  # [row, stream], still of the model's type
@@ -389,7 +404,7 @@ class DeviceReducer:
         seen = part.seen[[layer - part.layers.start for layer in run]]
         assert (seen == seen[0]).all()
         try:
-            part.take(run.start, values.float(), blocks)
+            part.take(run.start, values, blocks)
         except NonFiniteActivationError:
             for earlier in self.parts:  # of which no check has come round yet
                 earlier.check()

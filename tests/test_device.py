@@ -460,7 +460,7 @@ def test_values_changed_before_they_are_counted_are_noticed() -> None:
 
 
 def test_no_such_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="ways auto, host, device, got 'gpu' .the argument reduce"):
+    with pytest.raises(ValueError, match="ways auto, host, device, triton, got 'gpu' .the argument reduce"):
         ActivationCollector(PRINT, 2, reduce="gpu")
     monkeypatch.setenv("NPTI_REDUCE", "gpu")
     with pytest.raises(ValueError, match="the environment variable NPTI_REDUCE"):
