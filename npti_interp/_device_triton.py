@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,7 +104,8 @@ def reduce(part: Part, own: slice, seen: int, values: Tensor, blocks: Tensor) ->
     share = n_rows / (seen + n_rows)
     state: list[Any] = [part.counts[:, own], part.mean[own], part.mean_rest[own], part.m2[own], part.m2_rest[own]]
     state += [part.words[own], part.base[own], part.width[own], part.over[own]]
-    _kernel[(triton.cdiv(n_streams, BLOCK),)](
-        values, blocks, *state, n_rows, n_streams, values.stride(0), part.counts.stride(0), share, seen * share,
-        **_GRID, BLOCK=BLOCK, enable_fp_fusion=False,  # fused, products round otherwise and bins shift at their edges
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # of several, the one that holds the values; elsewhere this does nothing
+        _kernel[(triton.cdiv(n_streams, BLOCK),)](
+            values, blocks, *state, n_rows, n_streams, values.stride(0), part.counts.stride(0), share, seen * share,
+            **_GRID, BLOCK=BLOCK, enable_fp_fusion=False,  # fused, products round otherwise and bins shift at their edges
+        )  # fmt: skip

@@ -380,7 +380,7 @@ def test_some_layers_on_the_host() -> None:
     for values, rows, blocks in steps:
         mixed.begin(blocks)
         for layer, own in enumerate(values):
-            mixed._way = ("auto", "device", "host")[layer]
+            mixed._cpu_too = layer == 1
             mixed.add(layer, own, rows, blocks)
     assert [part.layers for part in mixed._device.parts] == [range(1, 2)]
     alike(whole, mixed.result())
