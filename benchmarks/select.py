@@ -51,7 +51,9 @@ def run(setting: harness.Setting) -> harness.Section:
         high, low = (statistics(fingerprint, trait, pole, tokens) for pole in npti.Pole)
         chosen: list[npti.NeuronSet] = []
 
-        def work(high: ActivationStatistics = high, low: ActivationStatistics = low, out: list = chosen) -> None:  # type: ignore[type-arg]
+        def work(
+            high: ActivationStatistics = high, low: ActivationStatistics = low, out: list[npti.NeuronSet] = chosen
+        ) -> None:
             high._p95 = low._p95 = None  # as freshly collected: what is asked for first has to be computed
             out[:] = [npti.select_neurons(high, low)]
 
