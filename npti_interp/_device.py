@@ -3,27 +3,32 @@ r"""The reduction of `npti_interp._sketch` on the device that holds the values, 
 What a step's layers give is kept until a group of layers (a *part*) is complete and then reduced in one go, some sixty
 operations on ``[token, stream]`` whatever the number of layers; nothing is copied to the host and nothing waits for it.
 
-State is `QuantileSketch`'s own, byte for byte: what `Part.download` brings back needs no conversion. Lists and counters
-are entries of 16, 8 or 32 bits of the same 60 words a stream, so that taking a value into any of them is one addition
-to one word: a list's next entry is 0 before, and a counter of ``b`` bits at bit ``o`` of a word counts by ``1 << o``.
-One ``scatter_add_`` does them all, in any order, and exactly as long as no entry overflows.
+State is `QuantileSketch`'s own, byte for byte (with counts and moments the 295 bytes a neuron of the host), so that what
+`Part.download` brings back needs no conversion. Lists and counters are entries of 16, 8 or 32 bits of the same 60 words a
+stream, and taking a value into any of them is one addition to one word: a list's next entry is 0 before, and a counter
+that begins at bit ``o`` of a word counts by ``1 << o``. One ``scatter_add_`` does them all, in any order, and exactly as
+long as no entry overflows.
 
 *That none does* is known on the host without asking the device: after a check every list and every one-byte counter has
 room for so many tokens, at least 64, and no stream gets more than one entry a token. When these are used up another
 check opens the windows of lists that are nearly full and narrows windows whose counters nearly are (by the rules of
 `npti_interp._sketch`, a little earlier than there: at 57 to 120 entries and at 192 to 255 counts). Only a check waits for
-the device: twice, once in 64 to 255 tokens of a part. Among the first 4,096 tokens it is 32 tokens instead of 64, so that
-lists grow longer: a list that fills later is one of a neuron that fires too seldom for its percentile to be above 0.
+the device: twice, and a few times more if it finds something to do; once in 64 to 255 tokens of a part. Among the first
+4,096 tokens it is 32 instead of 64, so that lists grow longer: a list that fills later is one of a neuron that fires too
+seldom for its percentile to be above 0.
 
 Moments are kept as pairs of float32, whose second member holds what the first could not: some devices have no float64.
 A value that is NaN or infinite makes its stream's mean so for good, which is what a check looks at.
 
-It is exercised on CPU tensors, where it agrees with `npti_interp._sketch`; it has not been timed on a GPU.
+It is exercised on CPU tensors, where it agrees with `npti_interp._sketch`. It has not been timed on a GPU: the sixty
+operations each read and write what they work on, so that memory traffic, some 300 bytes a value, is what it should cost
+there. `npti_interp._device_triton` does all sixty in one kernel that reads each value twice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +37,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from npti_interp import _sketch
 from npti_interp._sketch import BINS, LISTED, NARROW_BINS, QuantileSketch
 from npti_interp.errors import NonFiniteActivationError
 
@@ -42,6 +48,9 @@ ROOM, FIRST_ROOM, FIRST = 64, 32, 4096
 STREAMS = 1 << 17
 """Streams of a part, unless one layer has more: the more, the fewer operations and the larger their operands."""
 
+_A, _B, _C, _PER_OCTAVE, _MANTISSA = map(
+    float, (_sketch._A, _sketch._B, _sketch._C, _sketch._PER_OCTAVE, _sketch._MANTISSA)
+)
 _WORDS = BINS // 4
 _SORTED = 1 << 14  # streams whose lists are sorted at once
 
@@ -57,13 +66,10 @@ def not_finite(layer: int) -> NonFiniteActivationError:
 def grid_codes(values: Float[Tensor, "token stream"]) -> Int[Tensor, "token stream"]:
     """Bin of each positive value, to the bit what `npti_interp._sketch.grid_codes` says; anything for the others."""
     bits = values.view(torch.int32)
-    s = (bits & 0x7FFFFF).float().mul_(2.0**-23)
-    cubic = (s * (6 / 35)).add_(-3 / 5).mul_(s).add_(10 / 7).mul_(s)
+    s = (bits & 0x7FFFFF).float().mul_(_MANTISSA)
+    cubic = (s * _A).add_(_B).mul_(s).add_(_C).mul_(s)
     octave = (bits >> 23).sub_(127)
     return cubic.add_(octave).mul_(_PER_OCTAVE).floor_().to(torch.int32)
-
-
-_PER_OCTAVE = 1.002 * 0.7 / math.log(1.01 / 0.99)
 
 
 def _add(high: Tensor, low: Tensor, x: Tensor) -> None:
@@ -89,10 +95,19 @@ class Part:
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
         device: where the values are.
+        fused: `npti_interp._device_triton.reduce`, which does in one kernel what otherwise is done here.
     """
 
-    def __init__(self, layers: range, n_neurons: int, n_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: range,
+        n_neurons: int,
+        n_blocks: int,
+        device: torch.device,
+        fused: Callable[..., None] | None = None,
+    ) -> None:
         n = len(layers) * n_neurons
+        self._fused = fused
         self.layers, self.n_neurons, self.device = layers, n_neurons, device
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -113,7 +128,7 @@ class Part:
 
         Args:
             first: the first of these layers.
-            values: float32, one layer's neurons after the other's.
+            values: of any floating type, one layer's neurons after the other's.
             blocks: each token's block.
         """
         at = first - self.layers.start
@@ -138,6 +153,10 @@ class Part:
     def _reduce(self, layers: slice, values: Tensor, blocks: Tensor) -> None:
         """Count, moments and sketch of no more tokens than there is room for. Nothing here may wait for the device."""
         own, n, seen = self._streams(layers), len(values), int(self.seen[layers.start])
+        if self._fused is not None:
+            self._fused(self, own, seen, values, blocks)
+            return
+        values = values.float()
         positive = values > 0
         self.counts[:, own].index_add_(0, blocks, positive.to(torch.int32))
 
@@ -288,10 +307,11 @@ class DeviceReducer:
         n_layers: of the model.
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
+        fused: see `Part`.
     """
 
-    def __init__(self, n_layers: int, n_neurons: int, n_blocks: int) -> None:
-        self._shape = n_layers, n_neurons, n_blocks
+    def __init__(self, n_layers: int, n_neurons: int, n_blocks: int, fused: Callable[..., None] | None = None) -> None:
+        self._shape, self._fused = (n_layers, n_neurons, n_blocks), fused
         self._parts: dict[int, Part] = {}  # by layer
         self._waiting: dict[int, tuple[Tensor, int]] = {}  # by layer, with the tensor's version
         self._rows = self._blocks = np.zeros(0, np.int64)
@@ -375,7 +395,7 @@ class DeviceReducer:
             own.append(values)
         part = self._parts.get(run.start)
         if part is None:
-            part = Part(run, *self._shape[1:], own[0].device)
+            part = Part(run, *self._shape[1:], own[0].device, self._fused)
             self._parts |= dict.fromkeys(run, part)
         rows, blocks = self._places(part.device, len(own[0]))
         values = torch.cat([v.to(part.device) for v in own], dim=1)  # [row, stream], still of the model's type
@@ -384,7 +404,7 @@ class DeviceReducer:
         seen = part.seen[[layer - part.layers.start for layer in run]]
         assert (seen == seen[0]).all()
         try:
-            part.take(run.start, values.float(), blocks)
+            part.take(run.start, values, blocks)
         except NonFiniteActivationError:
             for earlier in self.parts:  # of which no check has come round yet
                 earlier.check()

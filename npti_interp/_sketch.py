@@ -52,15 +52,8 @@ jit: Any = numba.njit(cache=True, nogil=True)
 jit_sums: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 
 
-@jit
-def _code(bits: Any) -> Any:
-    s = np.float32(bits & 0x7FFFFF) * _MANTISSA
-    cubic = ((_A * s + _B) * s + _C) * s
-    return math.floor((np.float32((bits >> 23) - 127) + cubic) * _PER_OCTAVE)
-
-
 def grid_codes(values: Floats) -> npt.NDArray[np.int32]:
-    """Bin of each positive value (the vectorised twin of what the kernel does one by one)."""
+    """Bin of each positive value (what the kernel's `_tile_codes` does, to the bit)."""
     bits = np.ascontiguousarray(values, np.float32).view(np.int32)
     s = (bits & 0x7FFFFF).astype(np.float32) * _MANTISSA
     cubic = ((_A * s + _B) * s + _C) * s
@@ -196,7 +189,7 @@ def _tile_codes(bits: Any, rows: Any, start: int, stop: int, codes: Any) -> None
     """Bins of the values of neurons ``start … stop``, ``[row, neuron]``; `_ZERO` where a value is not positive."""
     for k in range(rows.shape[0]):
         own, c = bits[rows[k], start:stop], codes[k]
-        for j in range(stop - start):  # `_code` without a branch, all in 32 bits: eight at a time and more
+        for j in range(stop - start):  # no branch, and all in 32 bits: eight at a time and more
             b = own[j]
             s = np.float32(np.int32(b & np.int32(0x7FFFFF))) * _MANTISSA
             cubic = ((_A * s + _B) * s + _C) * s
@@ -501,8 +494,13 @@ class QuantileSketch:
     def _descending(self, rank: int, positive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         codes = np.zeros(len(self.base), np.int32)
         _descending(rank, np.asarray(positive, np.int64), *self.arrays(), codes)
-        value = representatives(np.where(np.abs(codes) > _LOST, 0, codes))
-        return np.where(codes == _ZERO, 0.0, np.where(codes == _UNKNOWN, np.nan, value))
+        known = np.abs(codes) <= _LOST
+        place = np.where(known, codes, 0)
+        low = int(place.min(initial=0))
+        value = representatives(np.arange(low, int(place.max(initial=0)) + 1))[
+            place - low
+        ]  # far fewer bins than streams
+        return np.where(known, value, np.where(codes == _ZERO, 0.0, np.nan))
 
     def merge(self, other: QuantileSketch, n: int) -> Self:
         """The sketch of both streams' values together.

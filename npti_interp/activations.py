@@ -6,13 +6,13 @@ never prompt, padding, or anything after a row's end.
 
 Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
 the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are
-1,208, saturate at 2²⁴ and end at 3.0.)
+1,208, saturate at 2²⁴ and end at 3.0.) Where values lie on a device, so does this memory until the result is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,7 +39,7 @@ DEFAULT_BLOCKS = 8
 SITE = "ffn_activation"
 """The site's name in files: the output of the FFN's activation function, before any product."""
 
-WAYS = ("auto", "host", "device")
+WAYS = ("auto", "host", "device", "triton")
 """How a collector reduces values; see `ActivationCollector`."""
 
 _KIND = "ActivationStatistics"
@@ -293,6 +293,17 @@ def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     return counts.astype(np.int32) if counts.max(initial=0) <= np.iinfo(np.int32).max else counts
 
 
+def _fused() -> Callable[..., None]:
+    try:
+        from npti_interp._device_triton import reduce
+    except ImportError as error:
+        raise ImportError(
+            "values are to be reduced by Triton, which is not installed: pip install triton, or leave out "
+            "reduce='triton' (NPTI_REDUCE=triton)"
+        ) from error
+    return reduce
+
+
 class ActivationCollector:
     """Takes in neuron values layer by layer while a model runs, and reduces them at once.
 
@@ -305,10 +316,13 @@ class ActivationCollector:
         fingerprint: the model's.
         n_blocks: question blocks to count apart.
         reduce: ``"host"`` copies all values to the host first, ``"device"`` takes the device's way on a CPU too, and
-            ``"auto"`` chooses. By default what the environment variable ``NPTI_REDUCE`` says, else ``"auto"``.
+            ``"auto"`` chooses. ``"triton"`` is ``"auto"``, but on a device in one kernel (`npti_interp._device_triton`:
+            tested in Triton's interpreter alone). By default what the environment variable ``NPTI_REDUCE`` says, else
+            ``"auto"``.
 
     Raises:
         ValueError: fewer than two blocks, or no such way to reduce.
+        ImportError: Triton is asked for and not installed.
     """
 
     def __init__(
@@ -333,7 +347,10 @@ class ActivationCollector:
         self._sketch: QuantileSketch | CoarseSketch | None = None
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
-        self._device = DeviceReducer(layers, neurons, n_blocks)
+        self._device = DeviceReducer(layers, neurons, n_blocks, _fused() if self._way == "triton" else None)
+        # Triton's interpreter runs on a CPU.
+        interpreted = self._way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        self._cpu_too = self._way == "device" or interpreted
 
     def check(self) -> None:
         """Look now whether all values were finite; `result` does so too.
@@ -368,9 +385,8 @@ class ActivationCollector:
         if self._sketch is None:
             self._sketch = QuantileSketch.empty(self._size)
         assert isinstance(self._sketch, QuantileSketch)
-        if layer in self._device or (
-            self._seen[layer] == 0 and self._way != "host" and (values.device.type != "cpu" or self._way == "device")
-        ):
+        elsewhere = self._way != "host" and (values.device.type != "cpu" or self._cpu_too)
+        if layer in self._device or (self._seen[layer] == 0 and elsewhere):
             self._device.add(layer, values, rows, blocks)
             return
         array = values.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -151,7 +151,10 @@ def test_steps_of_any_size(chunk: int) -> None:
 def test_codes_are_the_same_to_the_bit(values: list[float]) -> None:
     array = np.array(values, np.float32)
     assert _device.grid_codes(torch.from_numpy(array)).tolist() == _sketch.grid_codes(array).tolist()
-    assert _sketch.grid_codes(array).tolist() == [_sketch._code(int(b)) for b in array.view(np.int32)]
+    bits = array.view(np.int32)
+    tile = np.zeros((1, len(array)), np.int32)
+    _sketch._tile_codes(bits[None], np.zeros(1, np.int64), 0, len(array), tile)
+    assert _sketch.grid_codes(array).tolist() == tile[0].tolist()
 
 
 def test_windows_are_placed_as_there() -> None:
@@ -175,7 +178,7 @@ def test_windows_are_placed_as_there() -> None:
     for i in range(160):
         length = int(part.over[i])
         codes = part.words[i].view(torch.int16)[:length].numpy().copy()
-        assert codes.tolist() == [_sketch._code(int(b)) for b in values[:, i].view(np.int32) if b > 0]
+        assert codes.tolist() == _sketch.grid_codes(values[values[:, i] > 0, i]).tolist()
         if not length:
             continue
         for n in (120, 131, 400, 2400):
@@ -376,7 +379,7 @@ def test_some_layers_on_the_host() -> None:
     for values, rows, blocks in steps:
         mixed.begin(blocks)
         for layer, own in enumerate(values):
-            mixed._way = ("auto", "device", "host")[layer]
+            mixed._cpu_too = layer == 1
             mixed.add(layer, own, rows, blocks)
     assert [part.layers for part in mixed._device.parts] == [range(1, 2)]
     alike(whole, mixed.result())
@@ -456,7 +459,7 @@ def test_values_changed_before_they_are_counted_are_noticed() -> None:
 
 
 def test_no_such_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="ways auto, host, device, got 'gpu' .the argument reduce"):
+    with pytest.raises(ValueError, match="ways auto, host, device, triton, got 'gpu' .the argument reduce"):
         ActivationCollector(PRINT, 2, reduce="gpu")
     monkeypatch.setenv("NPTI_REDUCE", "gpu")
     with pytest.raises(ValueError, match="the environment variable NPTI_REDUCE"):
