@@ -407,6 +407,12 @@ class QuantileSketch:
     def merge(self, other: QuantileSketch, n: int) -> Self:
         """The sketch of both streams' values together.
 
+        Values are counted in the bins of one fixed grid, so counts add up exactly: inside the merged window, and above
+        it, they are what one sketch of all the values would hold there. A percentile that lies in it is therefore found
+        in the very bin that it has without splitting, and comes out as the same number. What splitting costs is the
+        window: the merged one is what the two have in common, so a percentile falls outside it, and is NaN, more often
+        the more parts there are and the more they differ.
+
         Args:
             other: of as many streams.
             n: values seen by each stream, in both sketches together; windows are laid by it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +174,11 @@ class ActivationStatistics:
                 raise ValueError(f"statistics differ in {name}: {mine} and {theirs}")
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
-        """Statistics of both sets of tokens together; counts and moments are exact, the sketch as `QuantileSketch`.
+        """Statistics of both sets of tokens together.
+
+        Counts and tokens add up exactly, as integers; mean and ``m2`` to the rounding of float64, so their last digits
+        depend on the order of merging. A 95th percentile that is known is the one that counting all tokens in one go
+        would give (`QuantileSketch.merge`); it is unknown (NaN) for a few neurons more.
 
         Raises:
             FingerprintMismatchError: other model.
@@ -183,10 +187,10 @@ class ActivationStatistics:
         self.require_comparable(other)
         n, m = self.total_tokens, other.total_tokens
         total = n + m
-        if isinstance(self._sketch, CoarseSketch) and isinstance(other._sketch, CoarseSketch):
-            merged: QuantileSketch | CoarseSketch = self._sketch.merge(other._sketch, total)
-        elif isinstance(self._sketch, QuantileSketch) and isinstance(other._sketch, QuantileSketch):
-            merged = self._sketch.merge(other._sketch, total)
+        if n == 0 or m == 0:  # a sketch that has seen nothing is of neither kind
+            merged: QuantileSketch | CoarseSketch = (self if m == 0 else other)._sketch.copy()
+        elif type(self._sketch) is type(other._sketch):
+            merged = self._sketch.merge(cast(Any, other._sketch), total)
         else:
             raise ValueError(
                 "statistics that were reduced on a server hold another sketch than those collected here, and the two "
@@ -303,6 +307,27 @@ class ActivationCollector:
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
 
+    @classmethod
+    def resume(cls, statistics: ActivationStatistics) -> Self:
+        """A collector that goes on where one stopped: the end is the same, bit for bit, as without the break.
+
+        Args:
+            statistics: from `so_far` or `result`.
+
+        Raises:
+            OverflowError: they are of more tokens than one collector takes.
+        """
+        own = cls(statistics.fingerprint, statistics.n_blocks)
+        if (total := statistics.total_tokens) > np.iinfo(np.int32).max:
+            raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
+        own._counts[:] = statistics.active_count.transpose(1, 0, 2)
+        own._mean[:], own._m2[:] = statistics.mean, statistics.m2
+        own._tokens[:], own._seen[:] = statistics.n_tokens, total
+        if total:
+            sketch = statistics._sketch
+            own._sketch = CoarseSketch(sketch.coarse.copy()) if isinstance(sketch, CoarseSketch) else sketch.copy()
+        return own
+
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:
         """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
         coming = int(self._tokens.sum()) + len(blocks)
@@ -369,12 +394,17 @@ class ActivationCollector:
             raise ValueError(
                 "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
             )
+        return self.so_far(metadata)
+
+    def so_far(self, metadata: Mapping[str, Any] | None = None) -> ActivationStatistics:
+        """The same, where it does not matter if no token has been counted yet."""
+        sketch = self._sketch.copy() if self._sketch is not None else QuantileSketch.empty(self._size)
         return ActivationStatistics(
             np.ascontiguousarray(self._counts.transpose(1, 0, 2)),
             self._tokens.copy(),
             self._mean.copy(),
             self._m2.copy(),
-            self._sketch.copy(),
+            sketch,
             self._fingerprint,
             {"site": SITE, **dict(metadata or {})},
         )

@@ -7,10 +7,12 @@ renamed, so a killed run leaves whole files only, and continuing it gives the sa
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -79,6 +81,18 @@ def _flat(config: Any) -> dict[str, Any]:
     return flat
 
 
+def _flush(path: Path) -> None:
+    """Wait until a file's content and name are on the disk, so that a machine that dies keeps them, too."""
+    for target in (path, path.parent):
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            # Some file systems cannot do this for folders; the content is what the manifest's checksum is about.
+            with contextlib.nullcontext() if target is path else contextlib.suppress(OSError):
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class RunFolder:
     """One run's folder, locked while in use. A context manager.
 
@@ -126,6 +140,11 @@ class RunFolder:
         except OSError as error:
             os.close(self._lock)
             self._lock = None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunFolderError(
+                    f"{self.path} lies on a file system that gives no locks ({error.strerror}), so nothing could keep two "
+                    "processes apart; choose a folder on another one (a local disk, say)"
+                ) from error
             raise RunFolderError(
                 f"another process is at work in {self.path}; wait for it, or choose another folder"
             ) from error
@@ -160,11 +179,43 @@ class RunFolder:
         """Whether ``name`` is finished."""
         return name in self._files
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The finished files, in order."""
+        return tuple(sorted(self._files))
+
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""
+        self.replace((), *names)
+
+    def replace(self, old: Sequence[str], *names: str) -> None:
+        """Take finished files into the manifest in the place of others, which are removed.
+
+        The manifest changes from the old to the new at one stroke, after the new ones are safely on the disk and
+        before the old ones go; a kill in between leaves at most files that no manifest names (`remove_unrecorded`).
+        """
+        files = {name: digest for name, digest in self._files.items() if name not in old}
         for name in names:
-            self._files[name] = sha256_of(self.path / name)
-        write_json(self.path / "manifest.json", {"files": dict(sorted(self._files.items()))})
+            _flush(self.path / name)
+            files[name] = sha256_of(self.path / name)
+        manifest = self.path / "manifest.json"
+        write_json(manifest, {"files": dict(sorted(files.items()))})
+        self._files = files
+        if old:
+            _flush(manifest)
+        for name in old:
+            (self.path / name).unlink(missing_ok=True)
+
+    def remove_unrecorded(self, *patterns: str) -> None:
+        """Remove files of the run that are not in its manifest: a killed process left them.
+
+        Args:
+            patterns: as for `Path.glob`; only what the run itself writes may match.
+        """
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                if not self.done(path.relative_to(self.path).as_posix()):
+                    path.unlink()
 
     def step(
         self, name: str, compute: Callable[[], T], save: Callable[[Path, T], None], load: Callable[[Path], T]
