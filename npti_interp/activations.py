@@ -323,9 +323,22 @@ class ActivationCollector:
         own._counts[:] = statistics.active_count.transpose(1, 0, 2)
         own._mean[:], own._m2[:] = statistics.mean, statistics.m2
         own._tokens[:], own._seen[:] = statistics.n_tokens, total
-        if total:
-            sketch = statistics._sketch
-            own._sketch = CoarseSketch(sketch.coarse.copy()) if isinstance(sketch, CoarseSketch) else sketch.copy()
+        sketch = statistics._sketch
+        if isinstance(sketch, CoarseSketch):
+            own._sketch = CoarseSketch(sketch.coarse.copy())
+        elif total or sketch.width.any():  # otherwise it may be of either kind
+            own._sketch = sketch.copy()
+        return own
+
+    def emptied(self) -> Self:
+        """A collector that has counted nothing, but whose sketch begins with the windows of this one's.
+
+        Parts of one stream of tokens that all begin with the windows of one short pilot have them in common when they
+        are merged, and so know as many percentiles as one collector.
+        """
+        own = type(self)(self._fingerprint, self.n_blocks)
+        if isinstance(self._sketch, QuantileSketch):
+            own._sketch = self._sketch.emptied()
         return own
 
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:

@@ -178,7 +178,9 @@ def locate(
         typer.echo(f"\nnpti: stopped; {kept}", err=True)
         raise typer.Exit(130) from None
     if isinstance(found, LocationShard):
-        typer.echo(f"{found!r}\nwhen all {found.shard[1]} are there: npti merge FOLDERS... --out FOLDER")
+        typer.echo(
+            f"{found!r}\nEverything is in {run}; when all {found.shard[1]} are there: npti merge FOLDERS... --out FOLDER"
+        )
         return
     _describe_neurons(found.neurons)
     if out is not None or run is None:

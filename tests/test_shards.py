@@ -363,6 +363,50 @@ def test_other_settings_and_altered_files_are_refused(tmp_path: Path) -> None:
         locate(tmp_path / "run", **KILLED)
 
 
+# -- windows of the sketches ------------------------------------------------------------------------------------------
+
+
+def bursts(rng: np.random.Generator, n_answers: int, spread: float, streams: int = 60) -> torch.Tensor:
+    """Values of neurons that differ from answer to answer more than from token to token: ``[token, neuron]``."""
+    regime = rng.normal(-0.5, spread, (1, n_answers, streams))
+    z = rng.normal(0, 0.5, (40, n_answers, streams)) + regime
+    return torch.from_numpy((z / (1 + np.exp(-z))).reshape(-1, streams).astype(np.float32))
+
+
+def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Location) -> None:
+    """Many small parts of uneven answers: what windows of one pilot know, and what each part's own ones lose."""
+    from dataclasses import replace
+
+    from npti_interp.activations import ActivationCollector
+
+    rng = np.random.default_rng(0)
+    fingerprint = replace(whole.high.fingerprint, n_layers=1, d_mlp=60)
+
+    def counted(collector: ActivationCollector, values: torch.Tensor) -> ActivationCollector:
+        blocks = np.zeros(len(values), np.int64)
+        collector.begin(blocks)
+        collector.add(0, values, np.arange(len(values)), blocks)
+        return collector
+
+    pilot = counted(ActivationCollector(fingerprint, 2), bursts(rng, 64, 1.2))
+    assert pilot.emptied().so_far().total_tokens == 0
+    one, sums = ActivationCollector(fingerprint, 2), dict[str, ActivationStatistics]()
+    for _ in range(30):
+        values = bursts(rng, 20, 1.2)
+        counted(one, values)
+        for name, start in (("own", ActivationCollector(fingerprint, 2)), ("pilot", pilot.emptied())):
+            part = counted(ActivationCollector.resume(start.so_far()), values).result()
+            sums[name] = sums[name].merge(part) if name in sums else part
+    whole_p95 = one.result().p95
+    for part in sums.values():
+        known = ~np.isnan(part.p95) & ~np.isnan(whole_p95)
+        assert np.array_equal(part.p95[known], whole_p95[known]), "known means right"
+        assert np.array_equal(part.active_count, one.result().active_count)
+    lost = {name: np.isnan(part.p95).mean() for name, part in sums.items()}
+    assert lost["pilot"] <= np.isnan(whole_p95).mean() + 0.02
+    assert lost["own"] > lost["pilot"] + 0.05, lost
+
+
 # -- shards -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 from tqdm.auto import tqdm
 
 from npti_interp._files import read_json
-from npti_interp.activations import DEFAULT_BLOCKS, ActivationCollector, ActivationStatistics
+from npti_interp.activations import DEFAULT_BLOCKS, ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.errors import RunFolderError
 from npti_interp.experiments._lab import run_identity
@@ -159,7 +159,7 @@ class LocationShard:
     def __repr__(self) -> str:
         return (
             f"LocationShard({self.trait}, {shown(self.shard)}: {len(self.questions):,} questions, "
-            f"{self.high.total_tokens + self.low.total_tokens:,} tokens, in {self.folder})"
+            f"{self.high.total_tokens + self.low.total_tokens:,} tokens)"
         )
 
     def _repr_html_(self) -> str:
@@ -216,7 +216,7 @@ def _collect(
     model: Model, plan: SearchPlan, pole: Pole, progress: bool | Progress
 ) -> tuple[ActivationStatistics, list[Answer]]:
     """One pole in memory, chunk by chunk: what `collect_in` does, without a folder."""
-    collector, answers = ActivationCollector(model.fingerprint, plan.n_blocks), list[Answer]()
+    collector, answers = plan.collector(model, pole), list[Answer]()
     for span in plan.spans:
         answers += plan.answer(model, pole, span, collector, progress)
     return collector.result(plan.metadata(model, pole, len(answers))), answers

@@ -243,8 +243,9 @@ def collect_in(run: RunFolder, plan: SearchPlan, model: Model, pole: Pole, progr
         progress.update(len(plan.places))
         return
     done = next((k for k in range(len(spans), 0, -1) if run.done(files.so_far(k))), 0)
-    collector = ActivationCollector(model.fingerprint, plan.n_blocks)
-    if done:
+    if not done:
+        collector = plan.collector(model, pole)
+    else:
         collector = ActivationCollector.resume(ActivationStatistics.load(run.path / files.so_far(done)))
         progress.update(spans[done - 1].stop - spans[0].start)
     for k in range(done, len(spans)):

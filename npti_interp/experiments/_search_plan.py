@@ -29,6 +29,9 @@ __all__ = ["DEFAULT_CHUNK", "SearchPlan", "Shard", "as_shard", "question_blocks"
 DEFAULT_CHUNK = 512
 """Questions a chunk: many batches' worth, and few enough that little is lost when a run is stopped."""
 
+PILOT = 64
+"""Questions, the first of the whole list, on which every shard lays the windows of its sketch."""
+
 Shard = tuple[int, int]
 """Part *k* of *n*, counted from 1."""
 
@@ -123,6 +126,20 @@ class SearchPlan:
     def blocks(self, span: range) -> list[int]:
         """The blocks of some of the questions."""
         return question_blocks(len(span), self.n_blocks, span.start)
+
+    def collector(self, model: Model, pole: Pole) -> ActivationCollector:
+        """A collector that has counted nothing.
+
+        A shard's has windows for the percentiles laid already, on answers to the first questions of the whole list,
+        which count for nothing else: windows that each shard had laid for itself would differ, and a sum knows only the
+        percentiles inside all of them.
+        """
+        fresh = ActivationCollector(model.fingerprint, self.n_blocks)
+        if self.shard is None or getattr(model.backend, "reduces", False):  # a server's bins are the same everywhere
+            return fresh
+        pilot = range(min(PILOT, self.chunk, len(self.questions)))
+        self.answer(model, pole, pilot, fresh, False)
+        return fresh.emptied()
 
     def answer(
         self, model: Model, pole: Pole, span: range, collector: ActivationCollector, progress: bool | Progress
