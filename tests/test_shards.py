@@ -366,11 +366,10 @@ def test_other_settings_and_altered_files_are_refused(tmp_path: Path) -> None:
 # -- windows of the sketches ------------------------------------------------------------------------------------------
 
 
-def bursts(rng: np.random.Generator, n_answers: int, spread: float, streams: int = 60) -> torch.Tensor:
-    """Values of neurons that differ from answer to answer more than from token to token: ``[token, neuron]``."""
-    regime = rng.normal(-0.5, spread, (1, n_answers, streams))
-    z = rng.normal(0, 0.5, (40, n_answers, streams)) + regime
-    return torch.from_numpy((z / (1 + np.exp(-z))).reshape(-1, streams).astype(np.float32))
+def bursts(rng: np.random.Generator, n_answers: int, shift: Any, scale: Any) -> torch.Tensor:
+    """Values of neurons that differ from answer to answer as well as from token to token: ``[token, neuron]``."""
+    z = rng.normal(0, 1, (100, n_answers, 100)) * scale + rng.normal(0, 0.4, (1, n_answers, 100)) + shift
+    return torch.from_numpy((z / (1 + np.exp(-z))).reshape(-1, 100).astype(np.float32))
 
 
 def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Location) -> None:
@@ -380,7 +379,8 @@ def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Loc
     from npti_interp.activations import ActivationCollector
 
     rng = np.random.default_rng(0)
-    fingerprint = replace(whole.high.fingerprint, n_layers=1, d_mlp=60)
+    fingerprint = replace(whole.high.fingerprint, n_layers=1, d_mlp=100)
+    shape = rng.normal(-1, 0.7, 100), rng.uniform(0.3, 1.5, 100)
 
     def counted(collector: ActivationCollector, values: torch.Tensor) -> ActivationCollector:
         blocks = np.zeros(len(values), np.int64)
@@ -388,11 +388,11 @@ def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Loc
         collector.add(0, values, np.arange(len(values)), blocks)
         return collector
 
-    pilot = counted(ActivationCollector(fingerprint, 2), bursts(rng, 64, 1.2))
+    pilot = counted(ActivationCollector(fingerprint, 2), bursts(rng, 64, *shape))
     assert pilot.emptied().so_far().total_tokens == 0
     one, sums = ActivationCollector(fingerprint, 2), dict[str, ActivationStatistics]()
-    for _ in range(30):
-        values = bursts(rng, 20, 1.2)
+    for _ in range(40):
+        values = bursts(rng, 50, *shape)
         counted(one, values)
         for name, start in (("own", ActivationCollector(fingerprint, 2)), ("pilot", pilot.emptied())):
             part = counted(ActivationCollector.resume(start.so_far()), values).result()
@@ -404,7 +404,7 @@ def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Loc
         assert np.array_equal(part.active_count, one.result().active_count)
     lost = {name: np.isnan(part.p95).mean() for name, part in sums.items()}
     assert lost["pilot"] <= np.isnan(whole_p95).mean() + 0.02
-    assert lost["own"] > lost["pilot"] + 0.05, lost
+    assert lost["own"] >= lost["pilot"] + 0.03, lost
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
