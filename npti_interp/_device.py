@@ -218,7 +218,9 @@ class Part:
         width = self.width[own]
         most = self.words[own].view(torch.uint8).amax(1).to(torch.int32)
         room = torch.where(width == 0, LISTED - self.over[own], 255 - most)
-        return room.masked_fill(width == NARROW_BINS, 1 << 30)  # four-byte counters hold all tokens there may be
+        return room.masked_fill(
+            (width > 0) & (width <= NARROW_BINS), 1 << 30
+        )  # four-byte counters hold all tokens there may be
 
     def _open(self, index: Int[Tensor, " stream"], n: int) -> None:
         """Turn some streams' lists into windows: `npti_interp._sketch._open`."""
@@ -296,6 +298,30 @@ class Part:
             t.cpu().numpy() for t in (self.base, self.width, self.over)
         )
 
+    def upload(
+        self, counts: npt.NDArray[np.int32], mean: npt.NDArray[np.float64], m2: npt.NDArray[np.float64],
+        sketch: QuantileSketch, seen: npt.NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Go on from a collector's arrays, as `download` leaves them, and the tokens that each layer has seen."""
+        first, last = self.layers.start, self.layers.stop
+
+        def there(array: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+        self.counts.copy_(there(counts[first:last].transpose(1, 0, 2).reshape(counts.shape[1], -1)))
+        for source, high, low in ((mean, self.mean, self.mean_rest), (m2, self.m2, self.m2_rest)):
+            value = source[first:last].reshape(-1)
+            rounded = value.astype(np.float32)
+            high.copy_(there(rounded))
+            low.copy_(there((value - rounded).astype(np.float32)))
+        own = slice(first * self.n_neurons, last * self.n_neurons)
+        self.words.copy_(there(np.ascontiguousarray(sketch.bins[own]).view(np.int32)))
+        for name in ("base", "width", "over"):
+            getattr(self, name).copy_(there(getattr(sketch, name)[own]))
+        self.seen[:] = seen[first:last]
+        self._room[:] = 0  # unknown: the next values are preceded by a check
+        self._lists[:] = (sketch.width[own] == 0).reshape(len(self.layers), -1).any(axis=1)
+
 
 class DeviceReducer:
     """Collects what a step's layers give, and reduces it a part at a time.
@@ -307,11 +333,15 @@ class DeviceReducer:
         n_layers: of the model.
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
+        begin: called with every new part, before anything is counted in it.
         fused: see `Part`.
     """
 
-    def __init__(self, n_layers: int, n_neurons: int, n_blocks: int, fused: Callable[..., None] | None = None) -> None:
-        self._shape, self._fused = (n_layers, n_neurons, n_blocks), fused
+    def __init__(
+        self, n_layers: int, n_neurons: int, n_blocks: int, begin: Callable[[Part], None],
+        fused: Callable[..., None] | None = None,
+    ) -> None:  # fmt: skip
+        self._shape, self._begin, self._fused = (n_layers, n_neurons, n_blocks), begin, fused
         self._parts: dict[int, Part] = {}  # by layer
         self._waiting: dict[int, tuple[Tensor, int]] = {}  # by layer, with the tensor's version
         self._rows = self._blocks = np.zeros(0, np.int64)
@@ -323,6 +353,11 @@ class DeviceReducer:
 
     def __bool__(self) -> bool:
         return bool(self._parts or self._waiting)
+
+    def forget(self) -> None:
+        """Drop all parts, of which the state has been taken (`Part.download`)."""
+        assert not self._waiting
+        self._parts = {}
 
     @property
     def parts(self) -> list[Part]:
@@ -396,6 +431,7 @@ class DeviceReducer:
         part = self._parts.get(run.start)
         if part is None:
             part = Part(run, *self._shape[1:], own[0].device, self._fused)
+            self._begin(part)
             self._parts |= dict.fromkeys(run, part)
         rows, blocks = self._places(part.device, len(own[0]))
         values = torch.cat([v.to(part.device) for v in own], dim=1)  # [row, stream], still of the model's type

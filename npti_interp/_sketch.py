@@ -467,6 +467,12 @@ class QuantileSketch:
         """An independent copy."""
         return type(self)(self.bins.copy(), self.base.copy(), self.width.copy(), self.over.copy())
 
+    def emptied(self) -> Self:
+        """The same windows with nothing counted in them: what several parts of one stream can all begin with."""
+        own = self.empty(len(self.base))
+        own.base, own.width = self.base.copy(), self.width.copy()
+        return own
+
     def quantile(self, q: float, n: int, positive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Quantile ``q`` of every stream, by linear interpolation between order statistics.
 
@@ -504,6 +510,13 @@ class QuantileSketch:
 
     def merge(self, other: QuantileSketch, n: int) -> Self:
         """The sketch of both streams' values together.
+
+        Values are counted in the bins of one fixed grid, so counts add up exactly: inside the merged window, and above
+        it, they are what one sketch of all the values would hold there. A percentile that lies in it is therefore found
+        in the very bin that it has without splitting, and comes out as the same number. What splitting costs is the
+        window: the merged one is what the two have in common, so a percentile falls outside it, and is NaN, more often
+        the more parts there are and the more they differ. Parts that begin with the same windows (`emptied`) have them
+        in common.
 
         Args:
             other: of as many streams.

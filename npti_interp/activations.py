@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from npti_interp import _sketch
 from npti_interp._coarse import CoarseSketch
-from npti_interp._device import DeviceReducer, not_finite
+from npti_interp._device import DeviceReducer, Part, not_finite
 from npti_interp._files import library_versions, read_tensors, require_array, write_tensors
 from npti_interp._sketch import QuantileSketch
 from npti_interp.errors import ArtifactError
@@ -179,7 +179,11 @@ class ActivationStatistics:
                 raise ValueError(f"statistics differ in {name}: {mine} and {theirs}")
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
-        """Statistics of both sets of tokens together; counts and moments are exact, the sketch as `QuantileSketch`.
+        """Statistics of both sets of tokens together.
+
+        Counts and tokens add up exactly, as integers; mean and ``m2`` to the rounding of float64, so their last digits
+        depend on the order of merging. A 95th percentile that is known is the one that counting all tokens in one go
+        would give (`QuantileSketch.merge`); it is unknown (NaN) for a few neurons more.
 
         Raises:
             FingerprintMismatchError: other model.
@@ -188,10 +192,10 @@ class ActivationStatistics:
         self.require_comparable(other)
         n, m = self.total_tokens, other.total_tokens
         total = n + m
-        if isinstance(self._sketch, CoarseSketch) and isinstance(other._sketch, CoarseSketch):
-            merged: QuantileSketch | CoarseSketch = self._sketch.merge(other._sketch, total)
-        elif isinstance(self._sketch, QuantileSketch) and isinstance(other._sketch, QuantileSketch):
-            merged = self._sketch.merge(other._sketch, total)
+        if n == 0 or m == 0:  # a sketch that has seen nothing is of neither kind
+            merged: QuantileSketch | CoarseSketch = (self if m == 0 else other)._sketch.copy()
+        elif type(self._sketch) is type(other._sketch):
+            merged = self._sketch.merge(cast(Any, other._sketch), total)
         else:
             raise ValueError(
                 "statistics that were reduced on a server hold another sketch than those collected here, and the two "
@@ -347,10 +351,19 @@ class ActivationCollector:
         self._sketch: QuantileSketch | CoarseSketch | None = None
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
-        self._device = DeviceReducer(layers, neurons, n_blocks, _fused() if self._way == "triton" else None)
+        self._device = DeviceReducer(
+            layers, neurons, n_blocks, self._upload, _fused() if self._way == "triton" else None
+        )
         # Triton's interpreter runs on a CPU.
         interpreted = self._way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         self._cpu_too = self._way == "device" or interpreted
+
+    def _upload(self, part: Part) -> None:
+        """What has been counted before, and the windows that a pilot has laid, go where the values are."""
+        assert isinstance(self._sketch, QuantileSketch)
+        first = part.layers.start * self._neurons
+        if self._seen[part.layers.start] or self._sketch.width[first : first + len(part.layers) * self._neurons].any():
+            part.upload(self._counts, self._mean, self._m2, self._sketch, self._seen)
 
     def check(self) -> None:
         """Look now whether all values were finite; `result` does so too.
@@ -359,6 +372,40 @@ class ActivationCollector:
             NonFiniteActivationError: one was not; names the first layer.
         """
         self._device.check()
+
+    @classmethod
+    def resume(cls, statistics: ActivationStatistics) -> Self:
+        """A collector that goes on where one stopped: the end is the same, bit for bit, as without the break.
+
+        Args:
+            statistics: from `so_far` or `result`.
+
+        Raises:
+            OverflowError: they are of more tokens than one collector takes.
+        """
+        own = cls(statistics.fingerprint, statistics.n_blocks)
+        if (total := statistics.total_tokens) > np.iinfo(np.int32).max:
+            raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
+        own._counts[:] = statistics.active_count.transpose(1, 0, 2)
+        own._mean[:], own._m2[:] = statistics.mean, statistics.m2
+        own._tokens[:], own._seen[:] = statistics.n_tokens, total
+        sketch = statistics._sketch
+        if isinstance(sketch, CoarseSketch):
+            own._sketch = CoarseSketch(sketch.coarse.copy())
+        elif total or sketch.width.any():  # otherwise it may be of either kind
+            own._sketch = sketch.copy()
+        return own
+
+    def emptied(self) -> Self:
+        """A collector that has counted nothing, but whose sketch begins with the windows of this one's.
+
+        Parts of one stream of tokens that all begin with the windows of one short pilot have them in common when they
+        are merged, and so know as many percentiles as one collector.
+        """
+        own = type(self)(self._fingerprint, self.n_blocks)
+        if isinstance(self._sketch, QuantileSketch):
+            own._sketch = self._sketch.emptied()
+        return own
 
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:
         """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
@@ -386,7 +433,7 @@ class ActivationCollector:
             self._sketch = QuantileSketch.empty(self._size)
         assert isinstance(self._sketch, QuantileSketch)
         elsewhere = self._way != "host" and (values.device.type != "cpu" or self._cpu_too)
-        if layer in self._device or (self._seen[layer] == 0 and elsewhere):
+        if layer in self._device or elsewhere:
             self._device.add(layer, values, rows, blocks)
             return
         array = values.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -430,16 +477,27 @@ class ActivationCollector:
             raise ValueError(
                 "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
             )
+        return self.so_far(metadata)
+
+    def so_far(self, metadata: Mapping[str, Any] | None = None) -> ActivationStatistics:
+        """The same, where it does not matter if no token has been counted yet.
+
+        What is on devices comes here, and goes back with the next values: a collector that goes on from this and one
+        that goes on from its file (`resume`) count with the very same numbers.
+        """
         self._device.check()
         for part in self._device.parts:
             assert isinstance(self._sketch, QuantileSketch)
             part.download(self._counts, self._mean, self._m2, self._sketch)
+            self._seen[part.layers.start : part.layers.stop] = part.seen
+        self._device.forget()
+        sketch = self._sketch.copy() if self._sketch is not None else QuantileSketch.empty(self._size)
         return ActivationStatistics(
             np.ascontiguousarray(self._counts.transpose(1, 0, 2)),
             self._tokens.copy(),
             self._mean.copy(),
             self._m2.copy(),
-            self._sketch.copy(),
+            sketch,
             self._fingerprint,
             {"site": SITE, **dict(metadata or {})},
         )

@@ -22,7 +22,8 @@ app = typer.Typer(
         "Start with: npti reproduce. It finds the neurons of the Big Five traits in a small chat model that comes "
         "with the installation, induces the traits with them, compares with controls, and draws the figures. "
         "No download and no GPU are needed.\n\n"
-        "Then: npti locate finds the neurons of one trait in a model of yours, npti induce lets it answer with them, "
+        "Then: npti locate finds the neurons of one trait in a model of yours (on many machines: npti merge), npti "
+        "induce lets it answer with them, "
         "npti inspect tells what a file holds."
     ),
     no_args_is_help=True,
@@ -125,29 +126,113 @@ def reproduce(
 def locate(
     trait: TraitName,
     model: ModelName = "smollm2-135m",
-    out: Annotated[Path, typer.Option(help="Where the neurons go (.safetensors).")] = Path("neurons.safetensors"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the neurons go (.safetensors); by default neurons.safetensors, or with --run the folder alone."
+        ),
+    ] = None,
     threshold: Annotated[str, typer.Option(help="For |δ|, in (0, 1], or 'auto'.")] = "0.10",
     questions: Annotated[int | None, typer.Option(help="Search questions; by default all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 100,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run folder: everything goes there, chunk by chunk; one that was stopped is continued."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="K/N", help="Only part K of N (from 1 on) of the questions; needs --run. See npti merge."),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(help="Questions that are done and saved together; the same for all shards.")
+    ] = 512,
+    batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once; by default as many as fit.")] = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     backend: BackendName = "transformer_lens",
     remote: Remote = False,
     bench: BenchPath = None,
 ) -> None:
-    """Find the neurons that fire more often under one pole of TRAIT than under the other."""
-    from npti_interp.experiments import locate as run
+    """Find the neurons that fire more often under one pole of TRAIT than under the other.
+
+    With --run, stop it whenever you like; called again, it continues where it was. With --shard as well, many machines
+    share the work: each one takes a part, and npti merge adds the parts up.
+    """
+    from npti_interp.experiments import LocationShard
+    from npti_interp.experiments import locate as work
+    from npti_interp.experiments._search_plan import as_shard
     from npti_interp.traits import as_trait
 
     wanted = as_trait(trait)  # before the model is loaded
     limit: float | str = threshold if threshold == "auto" else _number(threshold, "threshold")
-    found = run(
-        _load(model, dtype, device, backend, remote), _bench(bench), wanted, threshold=limit, n_questions=questions,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    found.neurons.save(out)
+    part = None if shard is None else as_shard(shard)
+    if part is not None and run is None:
+        raise ValueError("--shard needs --run: the run folder from which it is merged")
+    if part is not None and out is not None:
+        raise ValueError("a shard has no neurons to write to --out: they are chosen on all shards by `npti merge`")
+    loaded, questions_of = _load(model, dtype, device, backend, remote), _bench(bench)
+    settings: dict[str, Any] = {
+        "threshold": limit, "n_questions": questions, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+        "chunk": chunk, "run": run, "shard": part,
+    }  # fmt: skip
+    try:
+        found = work(loaded, questions_of, wanted, **settings)
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from what is in {run}" if run else "nothing is kept without --run"
+        typer.echo(f"\nnpti: stopped; {kept}", err=True)
+        raise typer.Exit(130) from None
+    if isinstance(found, LocationShard):
+        typer.echo(
+            f"{found!r}\nEverything is in {run}; when all {found.shard[1]} are there: npti merge FOLDERS... --out FOLDER"
+        )
+        return
     _describe_neurons(found.neurons)
-    typer.echo(f"written to {out}")
+    if out is not None or run is None:
+        found.neurons.save(target := out or Path("neurons.safetensors"))
+        typer.echo(f"written to {target}")
+    if run is not None:
+        _describe_location(found)
+
+
+def _describe_location(found: Any) -> None:
+    """What lies in a finished run folder of `locate`."""
+    typer.echo(f"Everything is in {found.folder}:")
+    for name, what in (
+        (f"neurons/{found.trait}.safetensors", "the neurons"),
+        ("statistics/", "what they were chosen from"),
+        ("answers/", f"the answers to {len(found.questions):,} questions as each pole, with every setting"),
+        ("manifest.json", "SHA-256 of each file"),
+    ):
+        typer.echo(f"  {name:<34} {what}")
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Run folders of `npti locate TRAIT --run … --shard K/N`.")],
+    out: Annotated[Path, typer.Option(help="Run folder of the whole.")],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Do with the shards there are; which are missing is recorded.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Only for shards that were reduced on a server: the model, once more."),
+    ] = None,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    backend: BackendName = "transformer_lens",
+    remote: Remote = False,
+    bench: BenchPath = None,
+) -> None:
+    """Add up the SHARDS of npti locate, and choose the neurons on the whole.
+
+    Counts are exactly those of one run over all questions; the order of the folders does not matter.
+    """
+    from npti_interp.experiments import merge_shards
+
+    loaded = _load(model, dtype, device, backend, remote) if model else None
+    found = merge_shards(shards, out, partial=partial, model=loaded, bench=_bench(bench) if model else None)
+    _describe_neurons(found.neurons)
+    _describe_location(found)
 
 
 def _number(text: str, name: str) -> float:
@@ -193,7 +278,16 @@ def inspect(
         raise FileNotFoundError(f"nothing at {path}")
     if path.is_dir():
         if (path / "config.json").is_file():
-            typer.echo(_result_in(path).summary())
+            from npti_interp.experiments import Location, LocationShard
+
+            found = _result_in(path)
+            if isinstance(found, LocationShard):
+                typer.echo(repr(found))
+            elif isinstance(found, Location):
+                _describe_neurons(found.neurons)
+                _describe_location(found)
+            else:
+                typer.echo(found.summary())
         else:
             bench = _bench(path)
             typer.echo(f"{bench!r}\n{bench.report}")
@@ -210,12 +304,16 @@ def _result_in(folder: Path) -> Any:
     """What a finished run folder holds, whichever command made it."""
     from npti_interp._files import read_json
     from npti_interp.bench.construction import BuildResult
-    from npti_interp.experiments import EXPERIMENTS, ReproduceResult
+    from npti_interp.experiments import EXPERIMENTS, Location, LocationShard, ReproduceResult
 
     about = read_json(folder / "config.json")
     if isinstance(about, dict) and "build" in about:
         return BuildResult.load(folder)
     name = about.get("experiment") if isinstance(about, dict) else None
+    if name == "locate":
+        settings = about.get("settings")
+        sharded = isinstance(settings, dict) and settings.get("shard")
+        return (LocationShard if sharded else Location).load(folder)
     return (EXPERIMENTS[name].result if name in EXPERIMENTS else ReproduceResult).load(folder)
 
 

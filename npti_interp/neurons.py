@@ -328,7 +328,7 @@ def _chosen(
         )
     metadata = {
         key: high.metadata[key]
-        for key in ("site", "decoding", "bench", "trait", "n_prompts", "seed")
+        for key in ("site", "decoding", "bench", "trait", "n_prompts", "seed", "missing_shards")
         if key in high.metadata and high.metadata[key] == low.metadata.get(key)
     }
     return NeuronSet(

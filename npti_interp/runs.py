@@ -208,6 +208,18 @@ def _flat(config: Any) -> dict[str, Any]:
     return flat
 
 
+def _flush(path: Path) -> None:
+    """Wait until a file's content and name are on the disk, so that a machine that dies keeps them, too."""
+    for target in (path, path.parent):
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            # Some file systems cannot do this for folders; the content is what the manifest's checksum is about.
+            with contextlib.nullcontext() if target is path else contextlib.suppress(OSError):
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class RunFolder:
     """One run's folder, locked while in use. A context manager.
 
@@ -277,25 +289,55 @@ class RunFolder:
         """Whether ``name`` is finished."""
         return name in self._files
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The finished files, in order."""
+        return tuple(sorted(self._files))
+
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""
+        self.replace((), *names)
+
+    def replace(self, old: Sequence[str], *names: str) -> None:
+        """Take finished files into the manifest in the place of others, which are removed.
+
+        The manifest changes from the old to the new at one stroke, after the new ones are safely on the disk and
+        before the old ones go; a kill in between leaves at most files that no manifest names (`remove_unrecorded`).
+        """
+        files = {name: digest for name, digest in self._files.items() if name not in old}
         for name in names:
-            self._files[name] = sha256_of(self.path / name)
-        self._write_manifest()
+            _flush(self.path / name)
+            files[name] = sha256_of(self.path / name)
+        self._write_manifest(files)
+        if old:
+            _flush(self.path / _MANIFEST)
+        for name in old:
+            (self.path / name).unlink(missing_ok=True)
 
     def release(self, names: Iterable[str]) -> None:
         """Take files out of the manifest, and leave them on the disk: they are about to be written anew.
 
         A kill between writing and recording would otherwise leave a file that the manifest calls altered.
         """
-        if gone := [name for name in dict.fromkeys(names) if self.done(name)]:
-            for name in gone:
-                del self._files[name]
-            self._write_manifest()
+        gone = {name for name in names if self.done(name)}
+        if gone:
+            self._write_manifest({name: digest for name, digest in self._files.items() if name not in gone})
 
-    def _write_manifest(self) -> None:
-        files = dict(sorted(self._files.items()))
-        write_json(self.path / _MANIFEST, {"files": files, "sha256": _manifest_digest(files)})
+    def _write_manifest(self, files: Mapping[str, str]) -> None:
+        ordered = dict(sorted(files.items()))
+        write_json(self.path / _MANIFEST, {"files": ordered, "sha256": _manifest_digest(ordered)})
+        self._files = ordered
+
+    def remove_unrecorded(self, *patterns: str) -> None:
+        """Remove files of the run that are not in its manifest: a killed process left them.
+
+        Args:
+            patterns: as for `Path.glob`; only what the run itself writes may match.
+        """
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                if not self.done(path.relative_to(self.path).as_posix()):
+                    path.unlink()
 
     def names(self, *starts: str) -> list[str]:
         """Finished files whose path begins with one of ``starts``."""

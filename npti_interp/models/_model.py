@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from npti_interp._programs import SITES, Edits
+from npti_interp._programs import FINE_BINS, SITES, Edits
 from npti_interp.activations import DEFAULT_BLOCKS, ActivationCollector, ActivationStatistics
 from npti_interp.backends import (
     Backend,
@@ -506,6 +506,46 @@ class Model:
         """Statistics and answers; see `npti_interp.collect_activations`, which gives the former."""
         if n_blocks < 2:
             raise ValueError(f"n_blocks must be at least 2, got {n_blocks}")
+        collector = ActivationCollector(self.fingerprint, n_blocks)
+        made = self.collect_into(
+            collector, prompts, answers, intervention=intervention, max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty, blocks=blocks, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        how: Any = "replay"
+        if answers is None:
+            how = Decoding(max_new_tokens, repetition_penalty=repetition_penalty).to_dict()
+        return collector.result({"decoding": how, "n_prompts": len(prompts), **dict(metadata or {})}), made
+
+    def collect_into(
+        self,
+        collector: ActivationCollector,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str] | None = None,
+        *,
+        intervention: Intervention | None = None,
+        max_new_tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        blocks: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        progress: bool | Progress = False,
+    ) -> list[Answer]:
+        """Count into a collector, which may have counted other prompts before; the form of `collect` for many prompts.
+
+        Args:
+            collector: of this model.
+            prompts: as for `npti_interp.collect_activations`, like all that follow.
+            answers: those to replay; None decodes.
+            intervention: acts on the model meanwhile.
+            max_new_tokens: length of an answer while decoding.
+            repetition_penalty: of the decoding.
+            blocks: block of each prompt.
+            batch_size: rows decoded at once.
+            progress: show a bar, or advance the one given by one a prompt.
+
+        Returns:
+            the answers.
+        """
+        n_blocks = collector.n_blocks
         self._require_batch_size(batch_size)
         encoded = self._encode_all(prompts)
         chosen = [k % n_blocks for k in range(len(encoded))] if blocks is None else [int(b) for b in blocks]
@@ -515,21 +555,17 @@ class Model:
             raise ValueError(f"blocks must lie in 0 … {n_blocks - 1}, got {min(chosen)} … {max(chosen)}")
         rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
         edits = [self._checked(intervention)]
-        collector = ActivationCollector(self.fingerprint, n_blocks)
-        described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
         with _bar(progress, len(rows), "collect") as bar, self._damage_named():
             if answers is None:
                 decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
                 most = self._rows_at_once(rows, edits, decoding, batch_size, "collecting on", n_blocks)
                 tokens = self.backend.generate(rows, edits, decoding, collector=collector, max_rows=most, progress=bar)
-                made = [self._decode(t) for t in tokens]
-                return collector.result({"decoding": decoding.to_dict(), **described}), made
+                return [self._decode(t) for t in tokens]
             if len(answers) != len(rows):
                 raise ValueError(f"{len(rows)} prompts but {len(answers)} answers")
             fed = [self._fed(a) for a in answers]
             self.backend.replay(rows, fed, edits, collector, progress=bar)
-            given = [a if isinstance(a, Answer) else Answer(a, f) for a, f in zip(answers, fed, strict=True)]
-            return collector.result({"decoding": "replay", **described}), given
+            return [a if isinstance(a, Answer) else Answer(a, f) for a, f in zip(answers, fed, strict=True)]
 
     def fill_percentiles(
         self,
@@ -559,13 +595,38 @@ class Model:
         if statistics.complete or not where.any():
             return statistics
         statistics.fingerprint.require_same(self.fingerprint, "the statistics and the model")
-        assert isinstance(self.backend, TaskBackend)
         chosen, windows = statistics.percentile_windows(where)
+        fine = self.count_windows(prompts, answers, windows, intervention=intervention, progress=progress)
+        return statistics.with_percentiles(chosen, fine)
+
+    def count_windows(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        windows: Mapping[int, tuple[Tensor, Tensor]],
+        *,
+        intervention: Intervention | None = None,
+        progress: bool | Progress = False,
+    ) -> npt.NDArray[np.int32]:
+        """The second pass of `fill_percentiles` over some of the answers; counts of several passes add up.
+
+        Args:
+            prompts: as for `collect`.
+            answers: those that `collect` gave.
+            windows: from `ActivationStatistics.percentile_windows`.
+            intervention: the one the statistics were collected under.
+            progress: show a bar, or advance the one given by one a prompt.
+
+        Returns:
+            ``int32 [chosen, 2, bin]``, for `ActivationStatistics.with_percentiles`.
+        """
+        assert isinstance(self.backend, TaskBackend)
         rows = [Row(p, 0, 0) for p in self._encode_all(prompts)]
         fed = [self._fed(a) for a in answers]
         with _bar(progress, len(rows), "percentiles") as bar:
-            fine = self.backend.fine_counts(rows, fed, [self._checked(intervention)], windows, progress=bar)
-        return statistics.with_percentiles(chosen, torch.cat([fine[layer] for layer in sorted(fine)]).numpy())
+            fine = self.backend.fine_counts(rows, fed, [self._checked(intervention)], dict(windows), progress=bar)
+        none = {layer: torch.zeros(len(own), 2, FINE_BINS, dtype=torch.int32) for layer, (own, _) in windows.items()}
+        return torch.cat([fine.get(layer, none[layer]) for layer in sorted(windows)]).numpy()
 
     def _fed(self, answer: str) -> tuple[int, ...]:
         """The tokens of an answer that are fed back: of a decoded one all but the last."""
