@@ -39,7 +39,7 @@ EXECUTE := import pathlib, sys, jupytext, nbclient, nbformat; \
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-slow test-ndif check notebooks ndif-up ndif-down ndif-status clean distclean
+.PHONY: help setup reproduce test test-slow test-ndif check notebooks benchmark soak audit ndif-up ndif-down ndif-status clean distclean
 
 help: ## print this
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -142,6 +142,30 @@ notebooks: setup ## execute notebooks/*.py into the .ipynb beside each
 		echo "Executing $$script"; $(BIN)/python -c '$(EXECUTE)' "$$script" "$${script%.py}.ipynb"; \
 	done
 
+# ARGS: names of benchmarks (decode collect select sweep locate growth limit), --quick, --model llama-3-8b --device cuda ...
+benchmark: setup ## measure, side by side; report in runs/benchmarks (ARGS="decode --quick" for some, small)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: setup ## two hours of everything, round after round: nothing may grow (ARGS="--minutes 5" for less)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# pip-audit exits with 0 also where the index knows nothing of any package: what it was told of is counted.
+AUDIT_READ := import json, sys; \
+	own = json.load(open(sys.argv[1]))["dependencies"]; bad = [d for d in own if d.get("vulns")]; \
+	asked = [d for d in own if "skip_reason" not in d]; \
+	[print(d["name"], d["version"], ", ".join(v["id"] for v in d["vulns"])) for d in bad]; \
+	print(f"{len(asked)} of {len(own)} packages were looked up, {len(bad)} have known vulnerabilities"); \
+	print("NOT AUDITED for vulnerabilities: the service was not asked about all of them") if len(asked) < len(own) else None; \
+	sys.exit(1 if bad else 0)
+
+audit: setup ## check versions, licences and imports; ask for known vulnerabilities
+	$(THREADS) $(BIN)/python -m pytest -q -n 0 tests/test_dependencies.py
+	@set -u; report=$$(mktemp); $(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit==2.10.1 || \
+		{ echo 'NOT AUDITED for vulnerabilities: pip-audit cannot be installed here'; exit 0; }; \
+	.audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip -f json -o "$$report" 2>"$$report.log" || true; \
+	if [ -s "$$report" ]; then $(BIN)/python -c '$(AUDIT_READ)' "$$report"; \
+	else echo 'NOT AUDITED for vulnerabilities: the service could not be asked:'; tail -n 1 "$$report.log"; fi
+
 # NDIF_MODELS: tiny-llama (the default) and, for the embedded model, smollm2-135m. tests/ndif/README.md has the rest.
 NDIF := $(BIN)/python tests/ndif/server/control.py
 
@@ -159,4 +183,4 @@ clean: ## remove caches and build output (not results)
 	find $(CODE) notebooks -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## the same, and the environment
-	rm -rf '$(VENV)'
+	rm -rf '$(VENV)' .audit

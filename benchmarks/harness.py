@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -25,6 +25,8 @@ import torch
 import npti_interp as npti
 from npti_interp._files import library_versions
 from npti_interp.backends._kernels import linear_kernel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Setting:
     repeats: int = 3
     quick: bool = False
 
-    def sized(self, full: int, quick: int) -> int:
-        """A size that depends on `quick`."""
+    def sized(self, full: T, quick: T) -> T:
+        """A size, or sizes, that depend on `quick`."""
         return quick if self.quick else full
 
 

@@ -46,7 +46,9 @@ def audit(
     from npti_interp.bench._schema import as_split
     from npti_interp.bench.construction import read_items
     from npti_interp.models import load_model
+    from npti_interp.runs import require_usable
 
+    require_usable(out)  # before minutes are spent
     config = AuditConfig(
         similarity=similarity, traits=tuple(trait or ()), split=as_split(split), n_questions=questions,
         n_personas=personas, seed=seed,

@@ -44,7 +44,7 @@ def export(
     import pandas as pd
 
     from npti_interp.evaluation.humans import RANKING_PRESETS, make_task
-    from npti_interp.runs import read_table
+    from npti_interp.runs import read_table, require_usable
 
     if preset not in RANKING_PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(RANKING_PRESETS)}")
@@ -53,6 +53,7 @@ def export(
         "attention_rate": attention, "seed": seed,
     }  # fmt: skip
     config = replace(RANKING_PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    require_usable(out)
     table = pd.concat([read_table(path) for path in _tables(answers)], ignore_index=True)
     task = make_task(table, config)
     written = task.save(out)
@@ -93,9 +94,12 @@ def report(
     """Evaluate judges' FILES: mean ranks, tests, agreement, attention, what is missing, the published ranks beside."""
     from npti_interp.evaluation.humans import RankingTask, human_report
     from npti_interp.paper import human_ranks
+    from npti_interp.runs import require_usable
 
+    folder = out or key.parent / "report"
+    if key.is_file():
+        require_usable(folder)
     sent = [p for path in files for p in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     found = human_report(RankingTask.load(key), sent, published=human_ranks(), pass_share=pass_share, seed=seed)
-    folder = out or key.parent / "report"
     found.save(folder)
     typer.echo(f"{found.summary()}\nEverything is in {folder}.")

@@ -15,8 +15,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from npti_interp._files import require_array
 from npti_interp._programs import COARSE_BINS, COARSE_START, FINE_BINS
 from npti_interp._sketch import representatives
+from npti_interp.errors import ArtifactError
 
 __all__ = ["CoarseSketch"]
 
@@ -70,10 +72,28 @@ class CoarseSketch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """Inverse of `tensors`."""
-        names = ("coarse", "coarse_chosen", "coarse_starts", "coarse_fine")
-        coarse, chosen, starts, fine = (tensors[name].copy() for name in names)
-        return cls(coarse, chosen, starts, fine, float(tensors["coarse_q"][0]))
+        """Inverse of `tensors`.
+
+        Raises:
+            ArtifactError: arrays that are no sketch.
+        """
+        coarse = require_array(tensors, "coarse", (None, COARSE_BINS), np.int32, np.int64).copy()
+        chosen = require_array(tensors, "coarse_chosen", (None,), np.int64).copy()
+        starts = require_array(tensors, "coarse_starts", (len(chosen), 2), np.int32).copy()
+        fine = require_array(tensors, "coarse_fine", (len(chosen), 2, FINE_BINS), np.int32).copy()
+        q = float(require_array(tensors, "coarse_q", (1,), np.float64)[0])
+        windows = COARSE_START * FINE_BINS, (COARSE_START + COARSE_BINS - 1) * FINE_BINS
+        sound = (
+            (coarse >= 0).all()
+            and (fine >= 0).all()
+            and ((chosen >= 0) & (chosen < len(coarse))).all()
+            and (np.diff(chosen) > 0).all()
+            and ((starts >= windows[0]) & (starts <= windows[1]) & (starts % FINE_BINS == 0)).all()
+            and (np.isnan(q) or 0 < q < 1)
+        )
+        if not sound:
+            raise ArtifactError("a coarse sketch's counts or windows lie outside what one can hold")
+        return cls(coarse, chosen, starts, fine, q)
 
     def merge(self, other: Self, n: int) -> Self:
         """Both sketches' values together; fine counts are dropped, as the percentile may have moved."""

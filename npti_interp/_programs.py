@@ -47,7 +47,8 @@ def choose(logits: torch.Tensor, decoding: dict[str, Any], seen: Any, streams: l
     """
     penalty, temperature = decoding["repetition_penalty"], decoding["temperature"]
     if penalty != 1.0:
-        logits = logits.clone()
+        # In float32, as Hugging Face does: in half precision a penalty would make ties of what was none.
+        logits = logits.to(torch.float32, copy=True)
         for k in range(len(logits)):
             known = torch.tensor(sorted(set(seen[k])), device=logits.device)
             value = logits[k, known]
@@ -107,6 +108,7 @@ class Edits:
             ``neurons``, for each layer four tensors of one length (intervention, neuron, bound, addition); ``masks``,
             for each intervention and layer with a random mask its (drop, seed); ``vectors``, for each site and layer
             two tensors (interventions, their vectors: ``[n, width]``, at the site ``before`` ``[n, pos, d_model]``).
+        device: where the tables go: one place for all layers, or a list with a layer's own.
 
     Attributes:
         tables: by site and layer what is done there, one entry an intervention.
@@ -117,17 +119,21 @@ class Edits:
         self.early: list[bool] = plan["early"]
         self.masks: dict[tuple[int, int], tuple[float, int]] = plan["masks"]
         self.tables: dict[str, dict[int, Any]] = {name: {} for name in SITES}
+
+        def home(layer: int) -> Any:
+            return device[layer] if isinstance(device, list) else device
+
         for layer, (which, index, bound, add) in plan["neurons"].items():
             b = torch.full((self.n, plan["d_mlp"]), math.inf)
             a = torch.zeros(self.n, plan["d_mlp"])
             b[which.long(), index.long()] = bound
             a[which.long(), index.long()] = add
-            self.tables["value"][layer] = (b.to(device), a.to(device))
+            self.tables["value"][layer] = (b.to(home(layer)), a.to(home(layer)))
         for name, layers in plan["vectors"].items():
             for layer, (which, vectors) in layers.items():
                 table = torch.zeros(self.n, *vectors.shape[1:])
                 table[which.long()] = vectors
-                self.tables[name][layer] = table.to(device)
+                self.tables[name][layer] = table.to(home(layer))
 
     def __bool__(self) -> bool:
         return any(self.tables.values())
@@ -136,7 +142,7 @@ class Edits:
         """For each intervention the number of its edit of the prompt's front; equal ones have one number."""
         if not self.tables["before"]:
             return [0] * self.n
-        flat = torch.cat([table.flatten(1) for table in self.tables["before"].values()], dim=1)
+        flat = torch.cat([table.flatten(1).cpu() for table in self.tables["before"].values()], dim=1)
         return torch.unique(flat, dim=0, return_inverse=True)[1].tolist()
 
     def change(
@@ -180,7 +186,7 @@ class Edits:
                 drop, seed = self.masks.get((c, layer), (0.0, 0))
                 made[c, step] = thin(add[c], drop, seed, step, layer)
             a = torch.stack([made[c, step] for c, step in zip(which.tolist(), steps)])[:, None]  # noqa: B905
-            b = bound.index_select(0, which)[:, None]
+            b = bound.index_select(0, which.to(bound.device))[:, None]
         elif self.n == 1:
             b, a = bound[0], add[0]
         else:

@@ -6,14 +6,15 @@ never prompt, padding, or anything after a row's end.
 
 Memory is 295 bytes a neuron with the default eight blocks, whatever the number of tokens: 32 for the counts, 16 for
 the moments, 247 for the sketch; 4 more once `p95` has been asked for. (The published code's 302 float32 bins are
-1,208, saturate at 2²⁴ and end at 3.0.)
+1,208, saturate at 2²⁴ and end at 3.0.) Where values lie on a device, so does this memory until the result is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from npti_interp import _sketch
 from npti_interp._coarse import CoarseSketch
-from npti_interp._files import library_versions, read_tensors, write_tensors
+from npti_interp._device import DeviceReducer, Part, not_finite
+from npti_interp._files import library_versions, read_tensors, require_array, write_tensors
 from npti_interp._sketch import QuantileSketch
-from npti_interp.errors import ArtifactError, NonFiniteActivationError
+from npti_interp.errors import ArtifactError
 from npti_interp.models._fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ __all__ = ["ActivationCollector", "ActivationStatistics", "collect_activations"]
 DEFAULT_BLOCKS = 8
 SITE = "ffn_activation"
 """The site's name in files: the output of the FFN's activation function, before any product."""
+
+WAYS = ("auto", "host", "device", "triton")
+"""How a collector reduces values; see `ActivationCollector`."""
 
 _KIND = "ActivationStatistics"
 _VERSION = 1
@@ -174,7 +179,11 @@ class ActivationStatistics:
                 raise ValueError(f"statistics differ in {name}: {mine} and {theirs}")
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
-        """Statistics of both sets of tokens together; counts and moments are exact, the sketch as `QuantileSketch`.
+        """Statistics of both sets of tokens together.
+
+        Counts and tokens add up exactly, as integers; mean and ``m2`` to the rounding of float64, so their last digits
+        depend on the order of merging. A 95th percentile that is known is the one that counting all tokens in one go
+        would give (`QuantileSketch.merge`); it is unknown (NaN) for a few neurons more.
 
         Raises:
             FingerprintMismatchError: other model.
@@ -183,10 +192,10 @@ class ActivationStatistics:
         self.require_comparable(other)
         n, m = self.total_tokens, other.total_tokens
         total = n + m
-        if isinstance(self._sketch, CoarseSketch) and isinstance(other._sketch, CoarseSketch):
-            merged: QuantileSketch | CoarseSketch = self._sketch.merge(other._sketch, total)
-        elif isinstance(self._sketch, QuantileSketch) and isinstance(other._sketch, QuantileSketch):
-            merged = self._sketch.merge(other._sketch, total)
+        if n == 0 or m == 0:  # a sketch that has seen nothing is of neither kind
+            merged: QuantileSketch | CoarseSketch = (self if m == 0 else other)._sketch.copy()
+        elif type(self._sketch) is type(other._sketch):
+            merged = self._sketch.merge(cast(Any, other._sketch), total)
         else:
             raise ValueError(
                 "statistics that were reduced on a server hold another sketch than those collected here, and the two "
@@ -234,26 +243,34 @@ class ActivationStatistics:
 
         Raises:
             FileNotFoundError: no such file.
-            ArtifactError: truncated, altered, of another kind, or of a newer format version.
+            ArtifactError: truncated, altered, of another kind, of a newer format version, or numbers that no counting
+                gives.
         """
         arrays, metadata = read_tensors(path, _KIND, _VERSION)
         try:
             fingerprint = ModelFingerprint.from_json(metadata.pop("fingerprint"))
             sketch = (CoarseSketch if "coarse" in arrays else QuantileSketch).from_tensors(arrays)
-            loaded = cls(
-                arrays["active_count"],
-                arrays["n_tokens"],
-                arrays["mean"],
-                arrays["m2"],
-                sketch,
-                fingerprint,
-                metadata,
-            )
+            shape = fingerprint.n_layers, fingerprint.d_mlp
+            n_tokens = require_array(arrays, "n_tokens", (None,), np.int64)
+            count = require_array(arrays, "active_count", (len(n_tokens), *shape), np.int32, np.int64)
+            mean, m2 = (require_array(arrays, name, shape, np.float64) for name in ("mean", "m2"))
         except KeyError as error:
             raise ArtifactError(f"{path} lacks {error}") from error
-        if loaded.active_count.shape != (loaded.n_blocks, *loaded.shape):
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        streams = len(sketch.coarse if isinstance(sketch, CoarseSketch) else sketch.base)
+        sound = (
+            streams == mean.size
+            and len(n_tokens) > 0
+            and ((n_tokens >= 0) & (n_tokens < 2**48)).all()
+            and ((count >= 0) & (count <= n_tokens[:, None, None])).all()
+            and np.isfinite(mean).all()
+            and np.isfinite(m2).all()
+            and (m2 >= 0).all()
+        )
+        if not sound:
             raise ArtifactError(f"{path}: its arrays do not fit together")
-        return loaded
+        return cls(count, n_tokens, mean, m2, sketch, fingerprint, metadata)
 
     def __repr__(self) -> str:
         layers, neurons = self.shape
@@ -280,17 +297,49 @@ def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     return counts.astype(np.int32) if counts.max(initial=0) <= np.iinfo(np.int32).max else counts
 
 
+def _fused() -> Callable[..., None]:
+    try:
+        from npti_interp._device_triton import reduce
+    except ImportError as error:
+        raise ImportError(
+            "values are to be reduced by Triton, which is not installed: pip install triton, or leave out "
+            "reduce='triton' (NPTI_REDUCE=triton)"
+        ) from error
+    return reduce
+
+
 class ActivationCollector:
     """Takes in neuron values layer by layer while a model runs, and reduces them at once.
+
+    Values on a CPU are reduced by compiled loops (`npti_interp._sketch`), those on any other device there, without
+    waiting for it (`npti_interp._device`, not timed on such hardware as yet). Both give the same counts, moments to
+    float32's precision, and percentiles with the same promise; where a layer's values are when its first come in
+    decides which it is.
 
     Args:
         fingerprint: the model's.
         n_blocks: question blocks to count apart.
+        reduce: ``"host"`` copies all values to the host first, ``"device"`` takes the device's way on a CPU too, and
+            ``"auto"`` chooses. ``"triton"`` is ``"auto"``, but on a device in one kernel (`npti_interp._device_triton`:
+            tested in Triton's interpreter alone). By default what the environment variable ``NPTI_REDUCE`` says, else
+            ``"auto"``.
+
+    Raises:
+        ValueError: fewer than two blocks, or no such way to reduce.
+        ImportError: Triton is asked for and not installed.
     """
 
-    def __init__(self, fingerprint: ModelFingerprint, n_blocks: int = DEFAULT_BLOCKS) -> None:
+    def __init__(
+        self, fingerprint: ModelFingerprint, n_blocks: int = DEFAULT_BLOCKS, *, reduce: str | None = None
+    ) -> None:
         if n_blocks < 2:
             raise ValueError(f"at least 2 question blocks are needed for a standard error, got {n_blocks}")
+        self._way = reduce or os.environ.get("NPTI_REDUCE") or "auto"
+        if self._way not in WAYS:
+            raise ValueError(
+                f"values can be reduced in the ways {', '.join(WAYS)}, got {self._way!r} "
+                f"({'the argument reduce' if reduce else 'the environment variable NPTI_REDUCE'})"
+            )
         layers, neurons = fingerprint.n_layers, fingerprint.d_mlp
         self._fingerprint = fingerprint
         self.n_blocks = n_blocks
@@ -302,9 +351,65 @@ class ActivationCollector:
         self._sketch: QuantileSketch | CoarseSketch | None = None
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
+        self._device = DeviceReducer(
+            layers, neurons, n_blocks, self._upload, _fused() if self._way == "triton" else None
+        )
+        # Triton's interpreter runs on a CPU.
+        interpreted = self._way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        self._cpu_too = self._way == "device" or interpreted
+
+    def _upload(self, part: Part) -> None:
+        """What has been counted before, and the windows that a pilot has laid, go where the values are."""
+        assert isinstance(self._sketch, QuantileSketch)
+        first = part.layers.start * self._neurons
+        if self._seen[part.layers.start] or self._sketch.width[first : first + len(part.layers) * self._neurons].any():
+            part.upload(self._counts, self._mean, self._m2, self._sketch, self._seen)
+
+    def check(self) -> None:
+        """Look now whether all values were finite; `result` does so too.
+
+        Raises:
+            NonFiniteActivationError: one was not; names the first layer.
+        """
+        self._device.check()
+
+    @classmethod
+    def resume(cls, statistics: ActivationStatistics) -> Self:
+        """A collector that goes on where one stopped: the end is the same, bit for bit, as without the break.
+
+        Args:
+            statistics: from `so_far` or `result`.
+
+        Raises:
+            OverflowError: they are of more tokens than one collector takes.
+        """
+        own = cls(statistics.fingerprint, statistics.n_blocks)
+        if (total := statistics.total_tokens) > np.iinfo(np.int32).max:
+            raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
+        own._counts[:] = statistics.active_count.transpose(1, 0, 2)
+        own._mean[:], own._m2[:] = statistics.mean, statistics.m2
+        own._tokens[:], own._seen[:] = statistics.n_tokens, total
+        sketch = statistics._sketch
+        if isinstance(sketch, CoarseSketch):
+            own._sketch = CoarseSketch(sketch.coarse.copy())
+        elif total or sketch.width.any():  # otherwise it may be of either kind
+            own._sketch = sketch.copy()
+        return own
+
+    def emptied(self) -> Self:
+        """A collector that has counted nothing, but whose sketch begins with the windows of this one's.
+
+        Parts of one stream of tokens that all begin with the windows of one short pilot have them in common when they
+        are merged, and so know as many percentiles as one collector.
+        """
+        own = type(self)(self._fingerprint, self.n_blocks)
+        if isinstance(self._sketch, QuantileSketch):
+            own._sketch = self._sketch.emptied()
+        return own
 
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:
         """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
+        self._device.flush()
         coming = int(self._tokens.sum()) + len(blocks)
         if coming > np.iinfo(np.int32).max:
             raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
@@ -317,26 +422,28 @@ class ActivationCollector:
 
         Args:
             layer: which layer.
-            values: neuron values.
+            values: neuron values. On a device they are not copied, and must not be changed before the next `begin`.
             rows: the rows of ``values`` that hold a token to count.
             blocks: their blocks.
 
         Raises:
-            NonFiniteActivationError: NaN or infinity among them.
+            NonFiniteActivationError: NaN or infinity among them; on a device, or among values of earlier passes.
         """
         if self._sketch is None:
             self._sketch = QuantileSketch.empty(self._size)
         assert isinstance(self._sketch, QuantileSketch)
+        elsewhere = self._way != "host" and (values.device.type != "cpu" or self._cpu_too)
+        if layer in self._device or elsewhere:
+            self._device.add(layer, values, rows, blocks)
+            return
         array = values.detach().to("cpu", torch.float32).contiguous().numpy()
         start = layer * self._neurons
         if not _sketch.accumulate(
             array, rows, blocks, self._counts[layer], self._mean[layer], self._m2[layer], int(self._seen[layer]),
             self._sketch, start, start + self._neurons,
         ):  # fmt: skip
-            raise NonFiniteActivationError(
-                f"layer {layer}: NaN or infinite neuron values (first of their kind; earlier layers were finite). "
-                "Half precision overflowing, damaged weights, or an edit with too large a γ do this"
-            )
+            self._device.check()  # what an earlier layer holds there has not been looked at yet
+            raise not_finite(layer)
         self._seen[layer] += len(rows)
 
     def absorb(self, counted: Mapping[str, Tensor]) -> None:
@@ -364,17 +471,33 @@ class ActivationCollector:
 
         Raises:
             ValueError: no token was counted.
+            NonFiniteActivationError: NaN or infinity among values on a device.
         """
         if self._sketch is None or self._tokens.sum() == 0:
             raise ValueError(
                 "no generated token was fed back, so there is nothing to count; raise max_new_tokens above 1"
             )
+        return self.so_far(metadata)
+
+    def so_far(self, metadata: Mapping[str, Any] | None = None) -> ActivationStatistics:
+        """The same, where it does not matter if no token has been counted yet.
+
+        What is on devices comes here, and goes back with the next values: a collector that goes on from this and one
+        that goes on from its file (`resume`) count with the very same numbers.
+        """
+        self._device.check()
+        for part in self._device.parts:
+            assert isinstance(self._sketch, QuantileSketch)
+            part.download(self._counts, self._mean, self._m2, self._sketch)
+            self._seen[part.layers.start : part.layers.stop] = part.seen
+        self._device.forget()
+        sketch = self._sketch.copy() if self._sketch is not None else QuantileSketch.empty(self._size)
         return ActivationStatistics(
             np.ascontiguousarray(self._counts.transpose(1, 0, 2)),
             self._tokens.copy(),
             self._mean.copy(),
             self._m2.copy(),
-            self._sketch.copy(),
+            sketch,
             self._fingerprint,
             {"site": SITE, **dict(metadata or {})},
         )

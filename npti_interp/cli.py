@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from npti_interp import _cli_audit, _cli_humans
+from npti_interp import _cli_audit, _cli_humans, _cli_plan
 from npti_interp.bench.construction._cli import build
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ app = typer.Typer(
         "Start with: npti reproduce. It finds the neurons of the Big Five traits in a small chat model that comes "
         "with the installation, induces the traits with them, compares with controls, and draws the figures. "
         "No download and no GPU are needed.\n\n"
-        "Then: npti locate finds the neurons of one trait in a model of yours, npti induce lets it answer with them, "
+        "Then: npti locate finds the neurons of one trait in a model of yours (on many machines: npti merge), npti "
+        "induce lets it answer with them, "
         "npti inspect tells what a file holds."
     ),
     no_args_is_help=True,
@@ -93,13 +94,17 @@ def reproduce(
 
     from npti_interp.experiments import PRESETS
     from npti_interp.experiments import reproduce as run
+    from npti_interp.runs import require_usable
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     config = replace(PRESETS[preset], model=model) if model else PRESETS[preset]
     folder = out or Path("runs") / preset
+    require_usable(folder)  # before the model is loaded
     try:
-        result = run(config, folder, model=_load(config.model, dtype, device, backend, remote), bench=_bench(bench))
+        loaded = _load(config.model, dtype, device, backend, remote)
+        typer.echo(f"{_cli_plan.plan_of_run(loaded, config)}\n")
+        result = run(config, folder, model=loaded, bench=_bench(bench))
     except KeyboardInterrupt:
         typer.echo(f"\nnpti: stopped; the same command goes on from what is in {folder}", err=True)
         raise typer.Exit(130) from None
@@ -121,29 +126,113 @@ def reproduce(
 def locate(
     trait: TraitName,
     model: ModelName = "smollm2-135m",
-    out: Annotated[Path, typer.Option(help="Where the neurons go (.safetensors).")] = Path("neurons.safetensors"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the neurons go (.safetensors); by default neurons.safetensors, or with --run the folder alone."
+        ),
+    ] = None,
     threshold: Annotated[str, typer.Option(help="For |δ|, in (0, 1], or 'auto'.")] = "0.10",
     questions: Annotated[int | None, typer.Option(help="Search questions; by default all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 100,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run folder: everything goes there, chunk by chunk; one that was stopped is continued."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="K/N", help="Only part K of N (from 1 on) of the questions; needs --run. See npti merge."),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(help="Questions that are done and saved together; the same for all shards.")
+    ] = 512,
+    batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once; by default as many as fit.")] = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     backend: BackendName = "transformer_lens",
     remote: Remote = False,
     bench: BenchPath = None,
 ) -> None:
-    """Find the neurons that fire more often under one pole of TRAIT than under the other."""
-    from npti_interp.experiments import locate as run
+    """Find the neurons that fire more often under one pole of TRAIT than under the other.
+
+    With --run, stop it whenever you like; called again, it continues where it was. With --shard as well, many machines
+    share the work: each one takes a part, and npti merge adds the parts up.
+    """
+    from npti_interp.experiments import LocationShard
+    from npti_interp.experiments import locate as work
+    from npti_interp.experiments._search_plan import as_shard
     from npti_interp.traits import as_trait
 
     wanted = as_trait(trait)  # before the model is loaded
     limit: float | str = threshold if threshold == "auto" else _number(threshold, "threshold")
-    found = run(
-        _load(model, dtype, device, backend, remote), _bench(bench), wanted, threshold=limit, n_questions=questions,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    found.neurons.save(out)
+    part = None if shard is None else as_shard(shard)
+    if part is not None and run is None:
+        raise ValueError("--shard needs --run: the run folder from which it is merged")
+    if part is not None and out is not None:
+        raise ValueError("a shard has no neurons to write to --out: they are chosen on all shards by `npti merge`")
+    loaded, questions_of = _load(model, dtype, device, backend, remote), _bench(bench)
+    settings: dict[str, Any] = {
+        "threshold": limit, "n_questions": questions, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+        "chunk": chunk, "run": run, "shard": part,
+    }  # fmt: skip
+    try:
+        found = work(loaded, questions_of, wanted, **settings)
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from what is in {run}" if run else "nothing is kept without --run"
+        typer.echo(f"\nnpti: stopped; {kept}", err=True)
+        raise typer.Exit(130) from None
+    if isinstance(found, LocationShard):
+        typer.echo(
+            f"{found!r}\nEverything is in {run}; when all {found.shard[1]} are there: npti merge FOLDERS... --out FOLDER"
+        )
+        return
     _describe_neurons(found.neurons)
-    typer.echo(f"written to {out}")
+    if out is not None or run is None:
+        found.neurons.save(target := out or Path("neurons.safetensors"))
+        typer.echo(f"written to {target}")
+    if run is not None:
+        _describe_location(found)
+
+
+def _describe_location(found: Any) -> None:
+    """What lies in a finished run folder of `locate`."""
+    typer.echo(f"Everything is in {found.folder}:")
+    for name, what in (
+        (f"neurons/{found.trait}.safetensors", "the neurons"),
+        ("statistics/", "what they were chosen from"),
+        ("answers/", f"the answers to {len(found.questions):,} questions as each pole, with every setting"),
+        ("manifest.json", "SHA-256 of each file"),
+    ):
+        typer.echo(f"  {name:<34} {what}")
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Run folders of `npti locate TRAIT --run … --shard K/N`.")],
+    out: Annotated[Path, typer.Option(help="Run folder of the whole.")],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Do with the shards there are; which are missing is recorded.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Only for shards that were reduced on a server: the model, once more."),
+    ] = None,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    backend: BackendName = "transformer_lens",
+    remote: Remote = False,
+    bench: BenchPath = None,
+) -> None:
+    """Add up the SHARDS of npti locate, and choose the neurons on the whole.
+
+    Counts are exactly those of one run over all questions; the order of the folders does not matter.
+    """
+    from npti_interp.experiments import merge_shards
+
+    loaded = _load(model, dtype, device, backend, remote) if model else None
+    found = merge_shards(shards, out, partial=partial, model=loaded, bench=_bench(bench) if model else None)
+    _describe_neurons(found.neurons)
+    _describe_location(found)
 
 
 def _number(text: str, name: str) -> float:
@@ -189,9 +278,16 @@ def inspect(
         raise FileNotFoundError(f"nothing at {path}")
     if path.is_dir():
         if (path / "config.json").is_file():
-            from npti_interp.experiments import ReproduceResult
+            from npti_interp.experiments import Location, LocationShard
 
-            typer.echo(ReproduceResult.load(path).summary())
+            found = _result_in(path)
+            if isinstance(found, LocationShard):
+                typer.echo(repr(found))
+            elif isinstance(found, Location):
+                _describe_neurons(found.neurons)
+                _describe_location(found)
+            else:
+                typer.echo(found.summary())
         else:
             bench = _bench(path)
             typer.echo(f"{bench!r}\n{bench.report}")
@@ -202,6 +298,23 @@ def inspect(
         if "ActivationStatistics" not in str(error):
             raise
         typer.echo(repr(ActivationStatistics.load(path)))
+
+
+def _result_in(folder: Path) -> Any:
+    """What a finished run folder holds, whichever command made it."""
+    from npti_interp._files import read_json
+    from npti_interp.bench.construction import BuildResult
+    from npti_interp.experiments import EXPERIMENTS, Location, LocationShard, ReproduceResult
+
+    about = read_json(folder / "config.json")
+    if isinstance(about, dict) and "build" in about:
+        return BuildResult.load(folder)
+    name = about.get("experiment") if isinstance(about, dict) else None
+    if name == "locate":
+        settings = about.get("settings")
+        sharded = isinstance(settings, dict) and settings.get("shard")
+        return (LocationShard if sharded else Location).load(folder)
+    return (EXPERIMENTS[name].result if name in EXPERIMENTS else ReproduceResult).load(folder)
 
 
 def _describe_neurons(neurons: Any) -> None:
@@ -238,8 +351,9 @@ def experiment(
 
     Stop it whenever you like; called again, it continues where it was.
     """
-    from npti_interp._files import read_json
     from npti_interp.experiments import EXPERIMENTS, Lab
+    from npti_interp.experiments._lab import finished_run
+    from npti_interp.runs import require_usable
 
     names = list(EXPERIMENTS) if name == "all" else [name]
     for own in names:
@@ -247,10 +361,12 @@ def experiment(
             raise ValueError(f"unknown experiment {own!r}; choose one of {', '.join(EXPERIMENTS)}, or all")
         if preset not in EXPERIMENTS[own].presets:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(EXPERIMENTS[own].presets)}")
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} holds no run; `npti reproduce --out {run}` makes one")
-    wanted = read_json(run / "config.json")["settings"]["model"]
-    lab = Lab.from_run(run, model=_load(wanted, dtype, device, backend, remote), bench=_bench(bench))
+    about = finished_run(run, "reproduce", f"`npti reproduce --out {run}` makes or continues one")
+    for own in names:
+        require_usable(run / own)  # before the model is loaded
+    loaded = _load(about["settings"]["model"], dtype, device, backend, remote)
+    typer.echo(f"{_cli_plan.plan_of_run(loaded)}\n")
+    lab = Lab.from_run(run, model=loaded, bench=_bench(bench))
     for own in names:
         try:
             result = EXPERIMENTS[own].run(lab, preset)
@@ -268,18 +384,22 @@ def figures(
 ) -> None:
     """Draw the figures of a finished RUN and of the experiments in it anew; no model is needed."""
     from npti_interp.experiments import EXPERIMENTS, ReproduceResult, write_figures
+    from npti_interp.runs import at_work_in
 
     folder = run or Path("runs") / preset
-    written = write_figures(ReproduceResult.load(folder), out)
-    for name, own in EXPERIMENTS.items():
-        if (folder / name / "summary.md").is_file():
-            written += own.result.load(folder / name).save_figures(out)
+    found = ReproduceResult.load(folder)
+    with at_work_in(out):
+        written = write_figures(found, out)
+        for name, own in EXPERIMENTS.items():
+            if (folder / name / "summary.md").is_file():
+                written += own.result.load(folder / name).save_figures(out)
     for path in written:
         typer.echo(str(path))
 
 
 app.command()(build)
 app.command()(_cli_audit.audit)
+app.command()(_cli_plan.plan)
 app.add_typer(_cli_humans.app, name="humans")
 
 

@@ -6,6 +6,7 @@ __all__ = [
     "ArtifactError",
     "FingerprintMismatchError",
     "NonFiniteActivationError",
+    "NotEnoughMemoryError",
     "NptiError",
     "RemoteJobError",
     "RemoteServiceError",
@@ -33,6 +34,10 @@ class ArtifactError(NptiError, ValueError):
 
 class NonFiniteActivationError(NptiError, FloatingPointError):
     """NaN or infinity among a layer's activations; the message names the layer."""
+
+
+class NotEnoughMemoryError(NptiError, MemoryError):
+    """A model or a run would not fit into memory; raised before the work starts, with the numbers and what would fit."""
 
 
 class RunFolderError(NptiError, RuntimeError):

@@ -21,7 +21,15 @@ import numpy.typing as npt
 from scipy import stats as _stats
 from scipy.special import xlogy
 
-from npti_interp._files import library_versions, read_json, read_tensors, write_atomic, write_tensors
+from npti_interp._files import (
+    from_fields,
+    library_versions,
+    read_json,
+    read_tensors,
+    require_array,
+    write_atomic,
+    write_tensors,
+)
 from npti_interp.activations import ActivationStatistics
 from npti_interp.errors import ArtifactError, FingerprintMismatchError
 from npti_interp.interventions import NeuronEdit, npti_weight
@@ -138,11 +146,20 @@ def _spearman(a: Floats, b: Floats) -> float:
     return float(result.statistic)
 
 
+def beyond(delta: Floats, threshold: float) -> npt.NDArray[np.bool_]:
+    """Where δ is above a threshold, as the fractions it is made of are: 8/10 − 7/10 is not above 0.1.
+
+    In floating point that difference is 0.1 and 5 parts in 10¹⁶ more; two fractions that really differ from 0.1 by less
+    than the margin would be of 10¹⁴ tokens.
+    """
+    return delta - threshold > 1e-15
+
+
 def _masks(delta: Floats, rule: Mapping[str, Any]) -> dict[Pole, npt.NDArray[np.bool_]]:
     masks: dict[Pole, npt.NDArray[np.bool_]] = {}
     for pole in Pole:
         toward = delta * pole.sign
-        mask = toward > rule["threshold"] if rule["name"] != "top_k" else np.zeros(delta.shape, bool)
+        mask = beyond(toward, rule["threshold"]) if rule["name"] != "top_k" else np.zeros(delta.shape, bool)
         at_least = rule["k"] if rule["name"] == "top_k" else rule["floor"]
         if at_least and int(mask.sum()) < at_least:
             flat = toward.reshape(-1)
@@ -311,7 +328,7 @@ def _chosen(
         )
     metadata = {
         key: high.metadata[key]
-        for key in ("site", "decoding", "bench", "trait", "n_prompts", "seed")
+        for key in ("site", "decoding", "bench", "trait", "n_prompts", "seed", "missing_shards")
         if key in high.metadata and high.metadata[key] == low.metadata.get(key)
     }
     return NeuronSet(
@@ -544,16 +561,23 @@ class NeuronSet:
         """
         arrays, metadata = read_tensors(path, _KIND, _VERSION)
         try:
-            fingerprint = metadata.pop("fingerprint")
-            stability = metadata.pop("stability")
+            fingerprint, stability, rule = (metadata.pop(name) for name in ("fingerprint", "stability", "rule"))
+            model = None if fingerprint is None else ModelFingerprint.from_json(fingerprint)
+            if not isinstance(rule, dict):
+                raise ArtifactError(f"its rule is {rule!r}, no object")
+            own = {
+                name: require_array(arrays, name, (None,), *_KINDS["int" if name in ("layer", "neuron") else "float"])
+                for name in _ARRAYS
+            }
+            _require_shares(own, model)
             return cls(
-                **{name: arrays[name] for name in _ARRAYS},
-                fingerprint=ModelFingerprint.from_json(fingerprint) if fingerprint else None,
-                rule=metadata.pop("rule"),
-                stability=Stability(**stability) if stability else None,
+                **own,
+                fingerprint=model,
+                rule=rule,
+                stability=None if stability is None else from_fields(Stability, stability, "its stability"),
                 metadata=metadata,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path} is not a whole neuron set: {error}") from error
 
     @classmethod
@@ -645,6 +669,26 @@ class NeuronSet:
 _ARRAYS = ("layer", "neuron", "delta", "probability", "p95", "se", "q")
 
 
+_KINDS: dict[str, tuple[type[np.generic], ...]] = {"int": (np.int64,), "float": (np.float64, np.float32)}
+
+
+def _require_shares(own: Mapping[str, npt.NDArray[Any]], model: ModelFingerprint | None) -> None:
+    """Raise unless what is read lies where it can lie.
+
+    Raises:
+        ArtifactError: a share outside its range, an infinite a95, or a neuron outside the model.
+    """
+    for name, low in (("delta", -1), ("probability", 0), ("se", 0), ("q", 0)):
+        with np.errstate(invalid="ignore"):
+            wrong = (own[name] < low) | ((own[name] > 1) & (name != "se"))
+        if wrong.any() or np.isinf(own[name]).any():
+            raise ArtifactError(f"{name} of a neuron is {own[name][wrong | np.isinf(own[name])][0]}")
+    if np.isinf(own["p95"]).any():
+        raise ArtifactError("a95 of a neuron is infinite")
+    if model is not None and ((own["layer"] >= model.n_layers).any() or (own["neuron"] >= model.d_mlp).any()):
+        raise ArtifactError(f"a neuron lies outside {model}")
+
+
 def _published_row(row: Any, layer: str, pole: Pole, where: str) -> tuple[int, int, float, float, float]:
     if (
         not isinstance(row, list)
@@ -654,9 +698,10 @@ def _published_row(row: Any, layer: str, pole: Pole, where: str) -> tuple[int, i
         raise ArtifactError(f"{where}: expected [layer, neuron, |δ|, Pr, a95], got {row!r}")
     a, b, delta, probability, p95 = row
     sane = (
-        all(math.isfinite(v) for v in row)
+        all(abs(v) < 1e300 for v in row)  # also false of NaN, and safe for whole numbers beyond any float
         and a == int(a) >= 0
         and b == int(b) >= 0
+        and max(a, b) < 2**53
         and str(int(a)) == layer
         and 0 < delta <= 1
         and 0 <= probability <= 1

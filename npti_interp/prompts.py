@@ -25,9 +25,12 @@ def persona_prompt(persona: Persona, question: Question | str) -> Prompt:
 
 
 def persona_prompts(
-    bench: PersonalityBench, trait: Trait | str, pole: Pole | str, questions: Sequence[Question]
+    bench: PersonalityBench, trait: Trait | str, pole: Pole | str, questions: Sequence[Question], start: int = 0
 ) -> list[Prompt]:
     """One prompt a question; question *i* gets the pole's *i*-th eliciting persona, over and over.
+
+    Questions that are part of a longer list keep the personas they have there: ``start`` is the first one's place in
+    it.
 
     Both poles give a question personas of the same place in the list (the same facet), so that they differ in the
     pole alone. (The published code draws at random, each pole for itself: METHOD.md section 4, item 10.)
@@ -35,12 +38,14 @@ def persona_prompts(
     Raises:
         ValueError: the bench has no eliciting persona for this pole.
     """
-    personas = eliciting_personas(bench, trait, pole, len(questions))
+    personas = eliciting_personas(bench, trait, pole, len(questions), start)
     return [persona_prompt(persona, question) for persona, question in zip(personas, questions, strict=True)]
 
 
-def eliciting_personas(bench: PersonalityBench, trait: Trait | str, pole: Pole | str, n: int) -> list[Persona]:
-    """The personas that answer ``n`` questions, in `persona_prompts`' order.
+def eliciting_personas(
+    bench: PersonalityBench, trait: Trait | str, pole: Pole | str, n: int, start: int = 0
+) -> list[Persona]:
+    """The personas that answer ``n`` questions from place ``start`` on, in `persona_prompts`' order.
 
     Raises:
         ValueError: the bench has no eliciting persona for this pole.
@@ -49,4 +54,4 @@ def eliciting_personas(bench: PersonalityBench, trait: Trait | str, pole: Pole |
     own = bench.personas(wanted, end, "elicit")
     if not own:
         raise ValueError(f"the bench {bench.name!r} has no eliciting persona for {wanted}, {end}")
-    return [own[i % len(own)] for i in range(n)]
+    return [own[i % len(own)] for i in range(start, start + n)]

@@ -942,7 +942,7 @@ def _files_written(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int |
         written += 1
         if written == stop_at and not after:
             # A killed process tidies nothing up: the temporary file stays.
-            Path(source).with_name(f".left-{'x' * 8}{Path(source).suffix}").write_bytes(b"half")
+            Path(source).with_name(f".left.part-{'x' * 8}{Path(source).suffix}").write_bytes(b"half")
             raise _Stop
         rename(source, target)
         if written == stop_at:

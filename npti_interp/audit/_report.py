@@ -15,7 +15,7 @@ import pandas as pd
 from npti_interp._files import write_atomic, write_json
 from npti_interp.audit._config import AuditConfig
 from npti_interp.bench._schema import html_table
-from npti_interp.runs import write_table
+from npti_interp.runs import at_work_in, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,29 +175,32 @@ class AuditReport:
 
         Returns:
             the files.
+
+        Raises:
+            RunFolderError: another process is at work in the folder.
         """
         from npti_interp.figures import save_figure
 
-        base = Path(folder)
         figures = self.figures()
-        settings = {"config": asdict(self.config), "digest": self.facts["digest"]}
-        written: list[Path] = []
-        for stem, (figure, data) in figures.items():
-            written += save_figure(figure, base / "figures" / stem, data, settings)
-        pictures = {stem: base / "figures" / f"{stem}.png" for stem in figures}
-        shown = "".join(f"\n![{_CAPTIONS[stem]}](figures/{stem}.png)\n" for stem in figures)
-        texts = {"report.md": f"{self.summary()}\n## Figures\n{shown}", "report.html": self._page(pictures)}
-        texts |= {f"{name}.csv": own.to_csv(index=False, lineterminator="\n") for name, own in self.tables.items()}
-        for name, text in texts.items():
-            write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-            written.append(base / name)
-        write_table(base / "rows.parquet", self.rows)
-        about = {
-            "errors": len(self.of("error")), "warnings": len(self.of("warning")),
-            "findings": [asdict(f) for f in self.findings], "facts": dict(self.facts), "config": asdict(self.config),
-        }  # fmt: skip
-        write_json(base / "findings.json", about)
-        return [*written, base / "rows.parquet", base / "findings.json"]
+        with at_work_in(folder) as base:
+            settings = {"config": asdict(self.config), "digest": self.facts["digest"]}
+            written: list[Path] = []
+            for stem, (figure, data) in figures.items():
+                written += save_figure(figure, base / "figures" / stem, data, settings)
+            pictures = {stem: base / "figures" / f"{stem}.png" for stem in figures}
+            shown = "".join(f"\n![{_CAPTIONS[stem]}](figures/{stem}.png)\n" for stem in figures)
+            texts = {"report.md": f"{self.summary()}\n## Figures\n{shown}", "report.html": self._page(pictures)}
+            texts |= {f"{name}.csv": own.to_csv(index=False, lineterminator="\n") for name, own in self.tables.items()}
+            for name, text in texts.items():
+                write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
+                written.append(base / name)
+            write_table(base / "rows.parquet", self.rows)
+            about = {
+                "errors": len(self.of("error")), "warnings": len(self.of("warning")),
+                "findings": [asdict(f) for f in self.findings], "facts": dict(self.facts), "config": asdict(self.config),
+            }  # fmt: skip
+            write_json(base / "findings.json", about)
+            return [*written, base / "rows.parquet", base / "findings.json"]
 
     def _listed(self) -> str:
         rows = "".join(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from npti_interp.errors import ArtifactError
 __all__ = ["JobStore", "task_digest"]
 
 _KIND, _VERSION = "Job", 1
+_JOB_ID = re.compile(r"[\w.:\-]{1,200}", re.ASCII)
 
 
 def task_digest(*parts: Any) -> str:
@@ -76,6 +78,8 @@ def _restore(value: Any, tensors: dict[str, Any]) -> Any:
         return {key: _restore(own, tensors) for key, own in content}
     if kind == "$list":
         return [_restore(own, tensors) for own in content]
+    if kind != "$plain":
+        raise ValueError(f"unknown kind of value {kind[:40]!r}")
     return content
 
 
@@ -99,8 +103,11 @@ class JobStore:
             return None
         try:
             tensors, metadata = read_tensors(path, _KIND, _VERSION)
-            return _restore(metadata["result"], tensors)
-        except (KeyError, ValueError, AttributeError) as error:
+            result = _restore(metadata["result"], tensors)
+            if not isinstance(result, dict):
+                raise ValueError(f"its result is a {type(result).__name__}")
+            return result
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a whole job: {error}; delete it, and it is asked for again") from error
 
     def keep(self, digest: str, result: dict[str, Any]) -> None:
@@ -123,7 +130,10 @@ class JobStore:
         if path is None or not path.is_file():
             return None
         try:
-            return str(read_json(path)["job_id"])
+            job_id: Any = read_json(path)["job_id"]
+            if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):  # it goes into an address
+                raise ArtifactError(f"{path} holds no job's id")
+            return job_id
         except (ArtifactError, KeyError, TypeError):  # only a hint: without it the job is sent again
             path.unlink(missing_ok=True)
             return None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npti_interp.models._weights import execution_device
+
 __all__ = ["linear_kernel", "use_fast_linear"]
 
 
@@ -64,9 +66,15 @@ def use_fast_linear(model: nn.Module) -> int:
         return 0
     changed = 0
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
+        if (
+            type(module) is nn.Linear
+            and module.weight.dtype == torch.float32
+            and execution_device(module).type == "cpu"
+        ):
             changeable: Any = module
-            changeable.forward = _onednn_forward(module)
+            # accelerate's own forward fetches an offloaded module's weights, then calls the one that it has kept.
+            kept = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+            setattr(changeable, kept, _onednn_forward(module))
             changed += 1
     return changed
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from npti_interp import _programs
 from npti_interp._files import library_versions
+from npti_interp._secrets import without_key
 from npti_interp.activations import ActivationCollector
 from npti_interp.backends._jobs import JobStore, task_digest
 from npti_interp.backends._nnsight import REPLAY_TOKENS, Task, TaskBackend, quiet
@@ -153,25 +154,28 @@ class Service:
         import httpx
 
         try:
-            headers = {"ndif-api-key": self.key} if self.key else None
-            reply = httpx.get(f"{self.host}{path}", headers=headers, timeout=httpx.Timeout(10.0, read=timeout))
+            # The headers have no name here: a traceback that shows its frames' locals must not show the key.
+            reply = httpx.get(
+                f"{self.host}{path}", headers={"ndif-api-key": self.key} if self.key else None,
+                timeout=httpx.Timeout(10.0, read=timeout),
+            )  # fmt: skip
             reply.raise_for_status()
             return reply.json()
         except httpx.HTTPStatusError as error:
-            said = self.scrubbed(error.response.text[:300])
-            raise RemoteServiceError(
-                f"the service at {self.host} answers {error.response.status_code} to {path}: {said}"
-            ) from None
+            said = self.scrubbed(error.response.text)[:300]
+            failure = f"the service at {self.host} answers {error.response.status_code} to {path}: {said}"
         except (httpx.HTTPError, ValueError) as error:
-            raise RemoteServiceError(
+            failure = (
                 f"no NDIF service answers at {self.host} ({type(error).__name__}: {self.scrubbed(str(error))}); is the "
                 f"address right (${HOST_VARIABLE}, or host=), and are you connected?"
-            ) from None
+            )
+        # Not raised where it was caught: the library's error holds the request with its key.
+        raise RemoteServiceError(failure)
 
     def scrubbed(self, text: str) -> str:
         """The text without the key (servers have been seen to repeat it) and without signatures of addresses."""
         text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?[signature]", text)
-        return text.replace(self.key, "[key]") if self.key else text
+        return without_key(text, self.key)
 
     def require_key(self) -> None:
         """Raise unless a key is set. It is read from the environment (or nnsight's own configuration), never stored.
@@ -513,19 +517,25 @@ class RemoteBackend(TaskBackend):
             for job in list(waiting):
                 if len(under_way) < self.settings.at_once and job.not_before <= now:
                     waiting.remove(job)
+                    failed = None
                     try:
                         self._send(name, tasks[job.number], job)
                         under_way.append(job)
                     except Exception as error:
-                        self._again(job, waiting, error)
+                        failed = self._again(job, waiting, error)
+                    if failed is not None:
+                        raise failed
             for job in list(under_way):
+                result = failed = None
                 try:
                     result = self._ask(job)
                 except Exception as error:
                     under_way.remove(job)
                     self._store.forget(job.digest)
-                    self._again(job, waiting, error)
-                    continue
+                    failed = self._again(job, waiting, error)
+                # Not raised where it was caught: the library's error holds the request with its key.
+                if failed is not None:
+                    raise failed
                 if result is not None:
                     under_way.remove(job)
                     finish(job, result, keep=True)
@@ -567,16 +577,17 @@ class RemoteBackend(TaskBackend):
             )
         return None
 
-    def _again(self, job: _Job, waiting: list[_Job], error: Exception) -> None:
-        """Put a job back, to be sent again later; or give up."""
+    def _again(self, job: _Job, waiting: list[_Job], error: Exception) -> Exception | None:
+        """Put a job back, to be sent again later; or say what to give up with."""
         said = str(error).strip() or type(error).__name__
         said = self._service.scrubbed(said) if self._service is not None else said
         hopeless = "NaN or infinite" in said or "meta tensor" in said
         if hopeless or job.tries >= self.settings.tries:
-            raise self._final(job, said) from None  # the original may hold the key
+            return self._final(job, said)
         job.not_before = time.monotonic() + min(60.0, self.settings.backoff * 2 ** (job.tries - 1))
         _log.warning("job %s failed (%s); it is sent again", getattr(job.backend, "job_id", None), _last_line(said))
         waiting.append(job)
+        return None
 
     def _final(self, job: _Job, said: str) -> Exception:
         if "NaN or infinite" in said:

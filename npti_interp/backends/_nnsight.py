@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from npti_interp import _programs
 from npti_interp.activations import ActivationCollector
 from npti_interp.backends._sharing import sharing_twin
-from npti_interp.errors import NonFiniteActivationError
+from npti_interp.errors import NonFiniteActivationError, UnsupportedModelError
 from npti_interp.generation import (
     DEFAULT_ROWS,
     Decoding,
@@ -36,6 +36,7 @@ from npti_interp.generation import (
 )
 from npti_interp.interventions import Intervention, edit_plan
 from npti_interp.models._sites import FFNSites
+from npti_interp.models._weights import execution_device
 
 __all__ = ["NNsightBackend", "TaskBackend"]
 
@@ -329,8 +330,21 @@ class NNsightBackend(TaskBackend):
         twin = sharing_twin(hf_model)
         super().__init__(sites, twin.config, pad_token_id, stop_token_ids)
         sites.activation_modules(twin)  # raises where layers share one
+        if (
+            twin.device.type == "meta" and execution_device(twin).type != "meta"
+        ):  # tried: generate() then sends ids there
+            raise UnsupportedModelError(
+                "nnsight cannot run a model whose embedding is offloaded: keep it on a device (device_map), or use "
+                "backend='transformer_lens'"
+            )
+        # The device is said, as nnsight's pipeline would take the first GPU, or of a spread model the first place in its
+        # map, which may be the disk.
+        where: dict[str, Any] = {"device": execution_device(twin)}
+        if getattr(twin, "hf_device_map", None) is not None:
+            changeable: Any = twin
+            changeable.hf_device_map = {"": str(where.pop("device"))}
         # nnsight changes the tokenizer it is given (padding side, padding token): that is not the user's.
-        self.nnsight_model: Any = TransformersModel(twin, tokenizer=copy.deepcopy(tokenizer))
+        self.nnsight_model: Any = TransformersModel(twin, tokenizer=copy.deepcopy(tokenizer), **where)
 
     def _run(
         self, name: str, tasks: Sequence[Task], collector: ActivationCollector | None, done: Callable[[int, Task], None]
@@ -367,6 +381,8 @@ def _translated(error: Exception) -> Exception:
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
+    seen: set[int] = set()  # an exception that is raised a second time makes the chain a ring
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

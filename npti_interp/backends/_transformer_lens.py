@@ -19,6 +19,7 @@ from npti_interp.backends._kernels import use_fast_linear
 from npti_interp.backends._sharing import sharing_twin
 from npti_interp.generation import LocalEngine
 from npti_interp.models._sites import FFNSites
+from npti_interp.models._weights import compute_dtype, execution_device
 
 __all__ = ["TransformerLensBackend"]
 
@@ -57,13 +58,12 @@ class TransformerLensBackend(LocalEngine):
         try:
             from transformer_lens.model_bridge import TransformerBridge
 
-            parameter = next(self._hf_model.parameters())
             return TransformerBridge.boot_transformers(
                 str(getattr(self._hf_model.config, "_name_or_path", "") or type(self._hf_model).__name__),
                 hf_model=twin,
                 tokenizer=copy.deepcopy(self._tokenizer),  # TransformerLens gives it missing special tokens
-                device=parameter.device,
-                dtype=parameter.dtype,
+                device=execution_device(self._hf_model),
+                dtype=compute_dtype(self._hf_model),
             )
         finally:
             transformers.logging.set_verbosity(verbosity)

@@ -9,6 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from npti_interp._files import parse_json
 from npti_interp.bench._schema import Key, Persona, Question, Role, Split, as_role, as_split
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_pole, as_trait
 
@@ -74,11 +75,13 @@ def read_any(root: Traversable, name: str) -> RawBench:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        value: object = json.loads(text)
+        value: object = parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: broken JSON, {error.msg} at column {error.colno}; each line is one object"
         ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; each line is one object") from None
     if isinstance(value, dict):
         return cast("dict[str, Any]", value)
     raise ValueError(f"{where}: a JSON {type(value).__name__} where an object was expected; each line is one object")
@@ -226,7 +229,9 @@ def _search_sources(root: Traversable, raw: RawBench) -> list[Traversable]:
         raise ValueError(f"{root} holds both search.jsonl and search/; keep one of them")
     sources: list[Traversable] = []
     if folder.is_dir():
-        sources = sorted((p for p in folder.iterdir() if p.name.endswith((".json", ".jsonl"))), key=lambda p: p.name)
+        sources = sorted(
+            (p for p in folder.iterdir() if p.name.endswith((".json", ".jsonl")) and p.is_file()), key=lambda p: p.name
+        )
         if not sources:
             raise FileNotFoundError(f"{folder} holds no .json or .jsonl file; put the search questions there")
     elif single.is_file():
@@ -278,6 +283,8 @@ def _files_by_trait(folder: Traversable) -> dict[Trait, Traversable]:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.endswith(".jsonl"):
+                if not path.is_file():
+                    raise ValueError(f"{path} is no file; take it out of the folder")
                 try:
                     trait = as_trait(path.name.removesuffix(".jsonl"))
                 except ValueError as error:

@@ -9,14 +9,14 @@ what was asked.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from npti_interp._files import write_atomic
+from npti_interp._files import from_fields, read_json, write_atomic
 from npti_interp.chat._request import canonical
+from npti_interp.errors import ArtifactError
 
 __all__ = ["Call", "ReplyCache", "reply_folder"]
 
@@ -59,7 +59,7 @@ class ReplyCache(Generic[ReplyT]):
     Args:
         folder: made when the first reply is kept; None keeps nothing.
         kind: the replies' name in the files.
-        reply: their dataclass.
+        reply: their dataclass, of plain values and tuples of them (`npti_interp._files.from_fields`).
     """
 
     def __init__(self, folder: Path | None, kind: str, reply: type[ReplyT]) -> None:
@@ -74,10 +74,16 @@ class ReplyCache(Generic[ReplyT]):
         if path is None:
             return None
         try:
-            entry: Any = json.loads(path.read_text(encoding="utf-8"))
+            entry: Any = read_json(path)
             whole = (entry["kind"], entry["version"], entry["key"]) == (self._kind, _VERSION, key)
-            return self._reply(**entry["reply"]) if whole and entry["sha256"] == _digest(entry) else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            if not whole or entry["sha256"] != _digest(entry):
+                return None
+            raw = entry["reply"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        try:  # apart from the above: a reply's class that `from_fields` does not know is a mistake here, no damage
+            return from_fields(self._reply, raw, str(path))
+        except ArtifactError:
             return None
 
     def keep(self, key: str, call: Call, answerer: Mapping[str, Any], reply: ReplyT) -> None:

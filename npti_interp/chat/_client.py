@@ -82,6 +82,7 @@ class ChatClient(CachedChat):
             raise ValueError(
                 f"max_tokens_name must be 'max_tokens' or 'max_completion_tokens', got {max_tokens_name!r}"
             )
+        self._model, self._limit_name = model, max_tokens_name
         self._endpoint = Endpoint(
             base_url, key_variable=key_variable, concurrency=concurrency, requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute, timeout=timeout, retries=retries, pause=pause,
@@ -91,7 +92,7 @@ class ChatClient(CachedChat):
         answerer: dict[str, Any] = {"model": model, **({"extra_body": extra} if extra else {})}
         super().__init__(answerer, cache)
         self._ledger = Ledger(self._cache, self._answerer)
-        self._model, self._extra, self._limit_name = model, extra, max_tokens_name
+        self._extra = extra
         self._no_schemas = False
 
     @property
@@ -100,7 +101,8 @@ class ChatClient(CachedChat):
         return self._endpoint.calls
 
     def __repr__(self) -> str:
-        return f"ChatClient({self._endpoint.where!r}, {self._model!r})"
+        own: Endpoint | None = getattr(self, "_endpoint", None)  # a traceback may show a client that could not be made
+        return f"ChatClient({own and own.where!r}, {self._model!r})"
 
     def identity(self) -> dict[str, Any]:
         """Endpoint (``loopback`` for one on this machine) and model, as JSON; never the key."""
@@ -149,9 +151,10 @@ class ChatClient(CachedChat):
             return known
         try:
             return self._ask(request, stop)
-        except EndpointError as failure:
-            self._endpoint.failed(failure)
-            return ChatResult(failure=str(failure), kind="endpoint")
+        except EndpointError as error:
+            failure = str(error)
+        self._endpoint.failed(failure)
+        return ChatResult(failure=failure, kind="endpoint")
 
     def _ask(self, request: ChatRequest, stop: threading.Event) -> ChatResult:
         first = self._first_form(request)
@@ -206,7 +209,7 @@ class ChatClient(CachedChat):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"text expected, got {type(value).__name__}")
             # Half of a surrogate pair is valid JSON, but no text that can be written.
-            return None if value is None else self._endpoint.without_key(value).encode("utf-8", "replace").decode()
+            return None if value is None else self._endpoint.kept(value).encode("utf-8", "replace").decode()
 
         def count(name: str) -> int | None:
             value = usage.get(name)

@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from npti_interp._secrets import SECRET_LENGTH, without_key
 from npti_interp.chat._base import progress_bar
 from npti_interp.chat._cache import Call, ReplyCache
 from npti_interp.chat._limits import AbandonedError, RateLimiter, back_off, retry_after
@@ -115,20 +116,21 @@ class Endpoint:
         if give_up_after is not None and give_up_after < 1:
             raise ValueError(f"give_up_after must be at least 1, or None for never; got {give_up_after}")
         here = _is_loopback(parts.hostname)
-        key = os.environ.get(key_variable, "").strip()
-        if not key and not here:
+        # Held by no local name: a traceback that shows its frames' locals must not show the key.
+        self._secret = os.environ.get(key_variable, "").strip()
+        if not self._secret and not here:
             raise ValueError(f"no key for {parts.hostname}: set the environment variable {key_variable}")
         # The port of a server on this machine differs from run to run, and says nothing of who answers.
         self.where = "loopback" if here else f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self.concurrency = concurrency
         self.calls = 0
-        self._key_variable, self._secret = key_variable, key
+        self._key_variable = key_variable
         self._retries, self._pause, self._give_up_after = retries, pause, give_up_after
         self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
         # A proxy set for this machine's web traffic cannot reach this machine's own ports.
         http = openai.DefaultHttpxClient(trust_env=False) if here else None
         self._openai: Any = openai.OpenAI(
-            base_url=base_url, api_key=key or _PLACEHOLDER, timeout=timeout, max_retries=0, http_client=http
+            base_url=base_url, api_key=self._secret or _PLACEHOLDER, timeout=timeout, max_retries=0, http_client=http
         )
         self._lock = threading.Lock()
         self._failed_in_row = 0
@@ -174,8 +176,11 @@ class Endpoint:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def failed(self, failure: EndpointError) -> None:
-        """A request has no reply.
+    def failed(self, failure: str) -> None:
+        """A request has no reply. To be called outside of the ``except`` block, whose error would else go on in this one.
+
+        Args:
+            failure: why, fit to be shown.
 
         Raises:
             RemoteServiceError: as many in a row as end the job.
@@ -187,7 +192,7 @@ class Endpoint:
             raise RemoteServiceError(
                 f"{self._failed_in_row} requests in a row had no reply from {self.where}; the last: {failure}. "
                 "What was answered is kept: run again to continue"
-            ) from None
+            )
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -198,7 +203,9 @@ class Endpoint:
 
         Args:
             call: makes it on the ``openai`` client given, through ``with_raw_response``.
-            read: a reply from the JSON; `ValueError`, `KeyError`, `TypeError` and the like say that it is broken.
+            read: a reply from the JSON; `ValueError`, `KeyError`, `TypeError` and the like say that it is broken. It
+                raises nothing else, as the JSON, which may quote the key, is among its locals: what is whole but no use
+                is given back as such.
             tokens: what the call may take, for the limit.
             stop: ends the waiting.
 
@@ -235,38 +242,44 @@ class Endpoint:
         """
         import openai
 
+        hopeless: int | None = None
         try:
             body: str = call(self._openai).http_response.text
         except openai.APITimeoutError:
             return None, "timed out", None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            return None, self._shown(f"no connection: {type(cause).__name__}: {cause}"), None
+            return None, self.shown(f"no connection: {type(cause).__name__}: {cause}"), None
         except openai.APIStatusError as error:
-            return None, self._status(error), retry_after(error.response.headers)
+            reason, passing = self._status(error)
+            if passing:
+                return None, reason, retry_after(error.response.headers)
+            hopeless, body = error.status_code, reason
+        # Not raised where it is caught: the library's error, which holds the request with its key and a body that may
+        # quote it, would go on as this one's context.
+        if hopeless is not None:
+            raise EndpointError(body, status=hopeless)
         try:
             return read(json.loads(body)), "", None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            return None, self._shown(f"a reply that cannot be read ({type(error).__name__}: {error})"), None
+            return None, self.shown(f"a reply that cannot be read ({type(error).__name__}: {error})"), None
 
-    def _status(self, error: Any) -> str:
-        """Why a status that may pass is one; raises for those that will not."""
+    def _status(self, error: Any) -> tuple[str, bool]:
+        """What a status says, and whether it may pass."""
         status: int = error.status_code
         if status in (401, 403):  # what the endpoint says of a key may quote it
             held = f"in {self._key_variable}" if self._secret else f"({self._key_variable} is not set)"
-            raise EndpointError(f"status {status}: the endpoint does not accept the key {held}", status=status)
-        reason = self._shown(f"status {status}: {error.message}")
-        if (status in _PASSING or status >= 500) and status != 501 and error.code != "insufficient_quota":
-            return reason
-        raise EndpointError(reason, status=status)
+            return f"status {status}: the endpoint does not accept the key {held}", False
+        passing = (status in _PASSING or status >= 500) and status != 501 and error.code != "insufficient_quota"
+        return self.shown(f"status {status}: {error.message}"), passing
 
-    def _shown(self, text: str) -> str:
-        """Text from outside, without the key, and short."""
-        return self.without_key(" ".join(text.split()))[:300]
+    def shown(self, text: str) -> str:
+        """Text from outside for a message: without the key, and short."""
+        return without_key(" ".join(text.split()), self._secret)[:300]
 
-    def without_key(self, text: str) -> str:
-        """Text from outside, without the key."""
-        return text.replace(self._secret, "[key]") if self._secret else text
+    def kept(self, text: str) -> str:
+        """An answer without the key; of a word that is no secret an answer may well hold the letters."""
+        return without_key(text, self._secret, SECRET_LENGTH) if len(self._secret) >= SECRET_LENGTH else text
 
 
 class Ledger(Generic[ReplyT]):

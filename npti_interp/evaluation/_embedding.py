@@ -40,7 +40,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import special as _special
 
-from npti_interp._files import read_tensors, sha256_of, write_tensors
+from npti_interp._files import from_fields, read_tensors, require_array, sha256_of, write_tensors
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.errors import ArtifactError
 from npti_interp.evaluation._agreement import Quality, calibration_curve, pole_quality
@@ -121,6 +121,17 @@ def _without_question(
 
 
 @dataclass(frozen=True)
+class _Facts:
+    """The plain values of a fit's file."""
+
+    intercept: float
+    strength: float
+    n_fit: int
+    embedder: str
+    bench: str
+
+
+@dataclass(frozen=True)
 class EmbeddingFit:
     """An embedding judge of one trait: what it computes with, and what it is worth.
 
@@ -183,10 +194,25 @@ class EmbeddingFit:
             ArtifactError: damaged, or something else.
         """
         arrays, about = read_tensors(path, _KIND, _VERSION)
-        high, low, ids = arrays["held_high"], arrays["held_low"], tuple(about.pop("held_questions"))
+        try:
+            ids, versions = about.pop("held_questions"), about.pop("versions")
+            if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+                raise ArtifactError("its questions are no list of ids")
+            if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+                raise ArtifactError("its versions are no object of texts")
+            weights = require_array(arrays, "weights", (None,), np.float64)
+            high, low = (require_array(arrays, f"held_{pole}", (len(ids),), np.float64) for pole in ("high", "low"))
+            with np.errstate(invalid="ignore"):
+                outside = any(((own < 0) | (own > 1)).any() for own in (high, low))
+            if outside or not np.isfinite(weights).all():
+                raise ArtifactError("a probability or a weight is out of range")
+            facts = from_fields(_Facts, about, "it")
+            quality = pole_quality(high, low, ids)
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(f"{path} is not a whole fit of the embedding judge: {error}") from error
         return cls(
-            weights=arrays["weights"], quality=pole_quality(high, low, ids), held_high=high, held_low=low,
-            held_questions=ids, **about,
+            weights=weights, quality=quality, held_high=high, held_low=low, held_questions=tuple(ids),
+            versions=versions, **vars(facts),
         )  # fmt: skip
 
 
@@ -281,7 +307,7 @@ class EmbeddingJudge:
         """Use a fit made earlier (a resumed run).
 
         Raises:
-            ArtifactError: it was made with another embedder or on another bench.
+            ArtifactError: it was made with another embedder, on another bench or for another trait.
         """
         if fit.embedder != _embedder()[1]:
             raise ArtifactError(
@@ -290,6 +316,11 @@ class EmbeddingJudge:
             )
         if fit.bench != self._bench.digest:
             raise ArtifactError(f"the judge of {as_trait(trait)} was fitted on another bench than {self._bench.name!r}")
+        search = {q.id for q in self._bench.questions(trait, "search")}
+        if strange := [own for own in fit.held_questions if own not in search]:
+            raise ArtifactError(
+                f"the judge given as that of {as_trait(trait)} was fitted on {strange[0]}, a question of another trait"
+            )
         self._fits[as_trait(trait)] = fit
 
     def fit_of(self, trait: Trait | str) -> EmbeddingFit:

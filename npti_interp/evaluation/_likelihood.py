@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from scipy import optimize as _optimize
 from scipy import special as _special
 from scipy import stats as _stats
 
+from npti_interp._files import from_fields, read_json
 from npti_interp.bench import Persona, PersonalityBench, Question
+from npti_interp.errors import ArtifactError
 from npti_interp.evaluation._fluency import distinct_n, repetition
 from npti_interp.evaluation._judge import require_sets
 from npti_interp.generation import Progress
@@ -65,6 +68,22 @@ class Calibration:
     def __str__(self) -> str:
         backwards = "" if self.slope > 0 else "; it reads this trait BACKWARDS"
         return f"AUC {self.auc:.2f} [{self.auc_low:.2f}, {self.auc_high:.2f}] on {self.n_held_out} held-out answers{backwards}"
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read one that was written as JSON.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ArtifactError: not a calibration, or with numbers that none has.
+        """
+        made = from_fields(cls, read_json(path), str(path))
+        shares = (made.auc, made.auc_low, made.auc_high)
+        if not (math.isfinite(made.slope) and math.isfinite(made.intercept)) or any(s < 0 or s > 1 for s in shares):
+            raise ArtifactError(f"{path}: {made} is no calibration")
+        if min(made.n_fit, made.n_held_out) < 0:
+            raise ArtifactError(f"{path}: a number of answers below 0")
+        return made
 
     def rating(self, raw: npt.ArrayLike) -> Floats:
         """Ratings 1–5 of raw scores; NaN stays NaN."""

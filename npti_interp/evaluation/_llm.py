@@ -424,7 +424,7 @@ class LocalRatingJudge:
             for start in range(0, len(items), self._batch):
                 batch = items[start : start + self._batch]
                 prompts = [trait_prompt(question, answer, trait) + _AS_DIGIT for question, answer in batch]
-                logits = self._model.backend.next_token_logits([self._model.encode(p) + self._start for p in prompts])
+                logits = self._model.logits_after([self._model.encode(p) + self._start for p in prompts])
                 chances = logits.double().softmax(dim=-1)[:, self._tokens].numpy()
                 found |= dict(zip(batch, chances, strict=True))
                 if bar is not None:

@@ -13,7 +13,8 @@ from npti_interp.experiments._inside import INSIDE_PRESETS, InsideConfig, Inside
 from npti_interp.experiments._judges import JUDGES_PRESETS, JudgesConfig, JudgesResult, compare_judges
 from npti_interp.experiments._lab import Condition, ExperimentConfig, ExperimentResult, Lab
 from npti_interp.experiments._layerwise import LAYERWISE_PRESETS, LayerwiseConfig, LayerwiseResult, layerwise
-from npti_interp.experiments._locate import Location, choose_threshold, locate
+from npti_interp.experiments._locate import Location, LocationShard, choose_threshold, locate
+from npti_interp.experiments._merge import merge_shards
 from npti_interp.experiments._overlap import (
     OVERLAP_PRESETS,
     OverlapConfig,
@@ -89,6 +90,7 @@ __all__ = [
     "LayerwiseConfig",
     "LayerwiseResult",
     "Location",
+    "LocationShard",
     "OverlapConfig",
     "OverlapResult",
     "ReproduceConfig",
@@ -121,6 +123,7 @@ __all__ = [
     "inside",
     "layerwise",
     "locate",
+    "merge_shards",
     "overlap",
     "published_overlap",
     "reproduce",

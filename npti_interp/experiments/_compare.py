@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp._files import read_json, write_json
 from npti_interp.evaluation import EmbeddingFit, EmbeddingJudge, Judge, bootstrap_mean, cliffs_delta, holm
 from npti_interp.experiments._cost import measure_cost
 from npti_interp.experiments._lab import (
@@ -322,10 +322,9 @@ def compare(
             _trait_steps(session, chosen, trait, own, judges)
         result = CompareResult.from_folder(session.run.path, chosen)
         for name, table in result.latex_tables().items():
-            for end, text in (("tex", table.to_latex(hrules=True)), ("html", table.to_html(table_uuid="npti"))):
-                path = session.run.path / f"{name}.{end}"
-                write_atomic(path, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-                session.run.record(path.name)
+            session.run.texts(
+                {f"{name}.tex": table.to_latex(hrules=True), f"{name}.html": table.to_html(table_uuid="npti")}
+            )
         session.finish(result)
     return result
 

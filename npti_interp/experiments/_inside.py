@@ -35,7 +35,14 @@ from torch import Tensor
 from npti_interp._files import read_json
 from npti_interp.evaluation import bootstrap_mean, spearman
 from npti_interp.experiments._compare import CompareResult, label_of
-from npti_interp.experiments._lab import ExperimentConfig, ExperimentResult, Lab, Session, interval_columns
+from npti_interp.experiments._lab import (
+    ExperimentConfig,
+    ExperimentResult,
+    Lab,
+    Session,
+    finished_run,
+    interval_columns,
+)
 from npti_interp.experiments._paired import BOTH, RESAMPLES, measures, preset, random_draws
 from npti_interp.experiments._replay import (
     Replay,
@@ -55,7 +62,7 @@ from npti_interp.methods import METHODS, ActAdd, Prepared
 from npti_interp.methods._actadd import FrontVectors
 from npti_interp.methods._vectors import Steering
 from npti_interp.neurons import NeuronSet
-from npti_interp.runs import read_table
+from npti_interp.runs import read_manifest, read_table
 from npti_interp.traits import POLES, Pole, Trait
 
 if TYPE_CHECKING:
@@ -362,14 +369,12 @@ def inside(
             raise ValueError("say where the comparison is: this lab was not made from a run")
         compared = lab.run / CompareResult.name
     source = Path(compared)
-    if not (source / "summary.md").is_file():
-        raise FileNotFoundError(f"{source} holds no finished comparison; run the experiment 'compare' first")
-    made = read_json(source / "config.json")["settings"]
+    made = finished_run(source, CompareResult.name, "run the experiment 'compare' first")["settings"]
     if missing := [t for t in chosen.traits if t not in made["traits"]]:
         raise ValueError(f"the comparison in {source} lacks {', '.join(missing)}")
     if missing := [m for m in (*chosen.vectors, "npti") if m not in made["methods"]]:
         raise ValueError(f"the comparison in {source} lacks {', '.join(missing)}")
-    about = {"compared": read_json(source / "manifest.json")["files"]["config.json"]}
+    about = {"compared": read_manifest(source)["config.json"]}
     lab.model.require_weights("looking inside")
     with lab.session(InsideResult.name, chosen, folder, progress=progress, more=about) as session:
         session.bar.total = 2 * len(chosen.traits) * chosen.n_answers

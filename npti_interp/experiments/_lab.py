@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from npti_interp._files import library_versions, read_json, write_atomic
+from npti_interp._files import library_versions
 from npti_interp.activations import ActivationStatistics
 from npti_interp.backends import linear_kernel
 from npti_interp.bench import PersonalityBench, Question
+from npti_interp.errors import ArtifactError, FingerprintMismatchError, NptiError
 from npti_interp.evaluation import Calibration, Judge, LikelihoodJudge, bootstrap_mean
 from npti_interp.evaluation._statistics import interval_columns
 from npti_interp.figures import save_figure
@@ -30,7 +31,7 @@ from npti_interp.generation import Answer, Decoding
 from npti_interp.interventions import Intervention
 from npti_interp.models import Model, Prompt, load_model
 from npti_interp.neurons import NeuronSet
-from npti_interp.runs import RunFolder, read_table, verify_folder
+from npti_interp.runs import RunFolder, read_config, read_table, verify_folder
 from npti_interp.traits import TRAITS, Pole, Trait, as_pole, as_trait
 
 if TYPE_CHECKING:
@@ -262,6 +263,28 @@ def summarise(scores: pd.DataFrame, by: Sequence[str], *, seed: int = 0) -> pd.D
     return pd.DataFrame(rows)
 
 
+def finished_run(folder: Path, experiment: str, what_to_do: str) -> dict[str, Any]:
+    """The config of a finished run, all of whose files are as they were written.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+        ArtifactError: a file is damaged, or the run is another experiment's.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run; {what_to_do}")
+    about = read_config(folder)
+    found = about.get("experiment")
+    if found != experiment:
+        raise ArtifactError(
+            f"{folder} holds {f'a run of {found}' if found else 'no run of an experiment'}, not of {experiment}"
+        )
+    read_config(folder, "bench", "settings")
+    if not (folder / "summary.md").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run; {what_to_do}")
+    verify_folder(folder, finished="summary.md")
+    return about
+
+
 def run_identity(experiment: str, config: Any, model: Model, bench: PersonalityBench, **more: Any) -> dict[str, Any]:
     """What a run folder's files depend on: a folder made with another identity is refused."""
     return {
@@ -339,6 +362,7 @@ class Lab:
 
     Raises:
         FingerprintMismatchError: neurons of another model.
+        ArtifactError: neurons of another trait.
     """
 
     def __init__(
@@ -355,6 +379,8 @@ class Lab:
         for trait, own in self.neurons.items():
             if own.fingerprint is not None:
                 own.fingerprint.require_same(model.fingerprint, f"the neurons of {trait} and the model")
+            if (found := own.metadata.get("trait", trait.value)) != trait.value:
+                raise ArtifactError(f"the neurons given as those of {trait} are neurons of {found}")
         self.judge = judge or LikelihoodJudge(model, bench)
 
     @classmethod
@@ -372,11 +398,10 @@ class Lab:
             FingerprintMismatchError: the run was made with another model.
         """
         folder = Path(run)
-        if not (folder / "summary.md").is_file():
-            raise FileNotFoundError(f"{folder} holds no finished run; `npti reproduce --out {folder}` makes one")
-        verify_folder(folder)
-        about = read_json(folder / "config.json")
+        about = finished_run(folder, "reproduce", f"`npti reproduce --out {folder}` makes or continues one")
         settings = about["settings"]
+        if missing := [k for k in ("model", "traits", "personas_per_pole") if k not in settings]:
+            raise ArtifactError(f"{folder / 'config.json'} lacks the settings {', '.join(missing)}")
         bench = bench or PersonalityBench.embedded()
         if bench.digest != about["bench"]:
             raise ValueError(f"{folder} was made with another bench than {bench.name!r}; give the one it was made with")
@@ -384,7 +409,7 @@ class Lab:
         neurons = {as_trait(t): NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in settings["traits"]}
         judge = LikelihoodJudge(model, bench, personas_per_pole=settings["personas_per_pole"])
         for trait in neurons:
-            judge.use_calibration(trait, Calibration(**read_json(folder / f"scores/calibration-{trait}.json")))
+            judge.use_calibration(trait, Calibration.load(folder / f"scores/calibration-{trait}.json"))
         return cls(model, bench, neurons, judge=judge, run=folder)
 
     @property
@@ -415,19 +440,35 @@ class Lab:
 
         Raises:
             ValueError: the lab was not made from a run.
+            ArtifactError: the file is damaged, or holds another trait's or pole's.
+            FingerprintMismatchError: it is of another model.
         """
         stem = f"statistics/{as_trait(trait)}-{as_pole(pole)}"
         # Of a run on a server: the ones whose percentiles are known.
         known = self._in_run(f"{stem}-percentiles.safetensors")
-        return ActivationStatistics.load(known if known.is_file() else self._in_run(f"{stem}.safetensors"))
+        path = known if known.is_file() else self._in_run(f"{stem}.safetensors")
+        found = ActivationStatistics.load(path)
+        found.fingerprint.require_same(self.model.fingerprint, f"{path} and the model")
+        _require_own(path, trait, pole, found.metadata.get("trait"), found.metadata.get("pole"))
+        return found
 
     def search_answers(self, trait: Trait | str, pole: Pole | str) -> pd.DataFrame:
         """The persona-prompted answers that the run located the neurons on.
 
         Raises:
             ValueError: the lab was not made from a run.
+            ArtifactError: the file is damaged, or holds another trait's or pole's.
+            FingerprintMismatchError: they are another model's answers.
         """
-        return read_table(self._in_run(f"answers/search-{as_trait(trait)}-{as_pole(pole)}.parquet"))
+        path = self._in_run(f"answers/search-{as_trait(trait)}-{as_pole(pole)}.parquet")
+        found = read_table(path)
+        for name, pole_name, fingerprint in {*zip(found["trait"], found["pole"], found["fingerprint"], strict=True)}:
+            _require_own(path, trait, pole, name, pole_name)
+            if fingerprint != self.model.fingerprint.digest:
+                raise FingerprintMismatchError(
+                    f"{path} holds answers of the model {fingerprint}, not of {self.model.fingerprint.digest}"
+                )
+        return found
 
     @contextlib.contextmanager
     def session(
@@ -471,6 +512,17 @@ class Lab:
         ):
             bar.total = 0
             yield Session(self, config, run, bar)
+
+
+def _require_own(path: Path, trait: Trait | str, pole: Pole | str, *found: str | None) -> None:
+    """Raise if a file says that it is of another trait or pole than its name.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    wanted = as_trait(trait).value, as_pole(pole).value
+    if any(own is not None and own != name for own, name in zip(found, wanted, strict=True)):
+        raise ArtifactError(f"{path} is of {found[0]}, {found[1]} pole, not of {wanted[0]}, {wanted[1]} pole")
 
 
 @dataclass
@@ -554,11 +606,8 @@ class Session:
         self.bar.update(max(0.0, self.bar.total - self.bar.n))
         texts = {f"{name}.csv": t.to_csv(index=False, lineterminator="\n") for name, t in result.tables.items()}
         texts["summary.md"] = result.summary()
-        for name, text in texts.items():
-            write_atomic(self.run.path / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-            self.run.record(name)
-        made = result.save_figures(self.run.path / "figures")
-        self.run.record(*(str(path.relative_to(self.run.path)) for path in made))
+        self.run.texts(texts)
+        self.run.figures(result.save_figures)
 
 
 @dataclass(frozen=True)
@@ -599,16 +648,15 @@ class ExperimentResult(ABC):
             FileNotFoundError: no finished run there.
             ArtifactError: a file is damaged, or the folder is another experiment's.
         """
-        from npti_interp.errors import ArtifactError
-
         path = Path(folder)
-        if not (path / "summary.md").is_file():
-            raise FileNotFoundError(f"{path} holds no finished run of {cls.name}")
-        verify_folder(path)
-        about = read_json(path / "config.json")
-        if about["experiment"] != cls.name:
-            raise ArtifactError(f"{path} holds a run of {about['experiment']}, not of {cls.name}")
-        return cls.from_folder(path, cls.config_type.from_settings(about["settings"]))
+        about = finished_run(path, cls.name, f"run the experiment {cls.name} with this folder")
+        try:
+            return cls.from_folder(path, cls.config_type.from_settings(about["settings"]))
+        except NptiError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            # Its files are those of its manifest, but not what such a run writes.
+            raise ArtifactError(f"{path} does not hold what a run of {cls.name} writes: {error!r}") from error
 
     def save_figures(self, folder: str | Path) -> list[Path]:
         """Draw every figure into ``folder`` as PDF, PNG, CSV and JSON.
@@ -616,7 +664,7 @@ class ExperimentResult(ABC):
         Returns:
             the files written.
         """
-        about = read_json(self.folder / "config.json")
+        about = read_config(self.folder, "fingerprint")
         settings = {
             "experiment": self.name, "settings": asdict(self.config), "fingerprint": about["fingerprint"],
             "seed": self.config.seed,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from npti_interp.errors import NonFiniteActivationError
 from npti_interp.experiments._lab import Lab, Session
+from npti_interp.generation import hooked
 from npti_interp.models import Model
+from npti_interp.models._weights import execution_device, plain_weight, stored
 from npti_interp.neurons import NeuronSet
 from npti_interp.prompts import eliciting_personas, persona_prompts
 from npti_interp.runs import read_table, write_table
@@ -55,11 +57,13 @@ _REPLAY_ROWS = 8
 def _norm_gain(norm: nn.Module, d_model: int, device: torch.device) -> Float[Tensor, " d_model"]:
     """The norm's gain, whatever the architecture stores (Gemma stores gain − 1)."""
     if isinstance(norm, nn.LayerNorm):
-        return norm.weight.detach().float() if norm.elementwise_affine else torch.ones(d_model, device=device)
+        if not norm.elementwise_affine:
+            return torch.ones(d_model, device=device)
+        return stored(norm, "weight").detach().float().to(device)
     parameter = next(norm.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
     with torch.no_grad():  # an RMSNorm gives its gain for a constant vector; a large one drowns its epsilon
-        return norm(torch.full((d_model,), 1e4, device=device, dtype=dtype)).float()
+        return norm(torch.full((d_model,), 1e4, device=execution_device(norm), dtype=dtype)).float().to(device)
 
 
 def final_norm(model: Model) -> nn.Module:
@@ -90,13 +94,13 @@ def written_rows(model: Model, layer: int, scale: float = 1.0) -> Float[Tensor, 
             such a norm. With 1 the layer's rows are right up to a common factor.
 
     Raises:
-        ValueError: the weights are not here as numbers (on a server, or stored packed).
+        ValueError: the weights are not here as numbers (on a server, or packed in a way that is not known).
     """
     weight = model.sites.write_weights(model.hf_model, layer)
     if weight.is_meta or weight.shape != (model.sites.d_mlp, model.sites.d_model):
         raise ValueError(
-            f"{model.name}: the write weights are not here as numbers (on a server, or quantised); load the model "
-            "locally in floating point"
+            f"{model.name}: the write weights are not here as numbers (on a server, or packed in a way that is not "
+            "known); load the model locally"
         )
     rows = weight.detach().float()
     norm = post_ffn_norm(model, layer)
@@ -109,7 +113,7 @@ def unembedding_rows(model: Model) -> Float[Tensor, "vocab d_model"]:
     The final norm's scale 1/ρ is not (`Replay.final_scale` is it, measured), nor is a soft cap on the logits. Rows are
     relative to their mean over the vocabulary.
     """
-    head = cast(Tensor, model.hf_model.get_output_embeddings().weight).detach().float()
+    head = plain_weight(model.hf_model.get_output_embeddings()).detach().float()
     norm = final_norm(model)
     rows = head * _norm_gain(norm, model.sites.d_model, head.device)
     if isinstance(norm, nn.LayerNorm):
@@ -158,15 +162,6 @@ def _second_factor(model: Model, layer: int) -> tuple[nn.Module, int]:
     return cast(nn.Module, mlp.up_proj), 0
 
 
-@contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Generator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Replayer:
     """Sums over answer tokens, and the largest values so far of the chosen neurons."""
 
@@ -185,17 +180,18 @@ class _Replayer:
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _sum(self, values: Tensor) -> npt.NDArray[np.float64]:
-        return values[self.mask].double().sum(dim=0).cpu().numpy()
+        return values[self.mask.to(values.device)].double().sum(dim=0).cpu().numpy()
 
     def _reciprocal(self, norm: nn.Module, values: Tensor) -> Tensor:
-        held = values[self.mask].float()
+        held = values[self.mask.to(values.device)].float()
         if isinstance(norm, nn.LayerNorm):
             held = held - held.mean(dim=-1, keepdim=True)
         return held.pow(2).mean(dim=-1).rsqrt().double().sum().cpu()
 
     def _after_activation(self, layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            own = output[:, :, self.chosen[layer]].float().masked_fill(~self.mask[:, :, None], -math.inf)
+            other = ~self.mask.to(output.device)[:, :, None]
+            own = output[:, :, self.chosen[layer]].float().masked_fill(other, -math.inf)
             self._found[layer] = own.max(dim=1)
 
         return hook
@@ -299,6 +295,7 @@ def replay_answers(
 
     Raises:
         ValueError: unequal numbers, an empty prompt, or no answer token at all; the weights are not here.
+        NonFiniteActivationError: NaN or infinity in a layer.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
@@ -306,11 +303,11 @@ def replay_answers(
         raise ValueError("nothing to replay: an empty prompt, or no answer with a token that was fed back")
     written_rows(model, 0)  # raises where the weights are not here
     hf = model.hf_model
-    device = hf.get_input_embeddings().weight.device
+    device = execution_device(hf.get_input_embeddings())
     work = _Replayer(model, neurons, n_examples)
     whole = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
     order = [k for k in sorted(range(len(whole)), key=lambda k: len(whole[k])) if len(answers[k])]
-    with _hooked(list(work.hooks())), torch.no_grad():
+    with hooked(work.hooks()), torch.no_grad():
         for start in range(0, len(order), _REPLAY_ROWS):
             batch = order[start : start + _REPLAY_ROWS]
             width = max(len(whole[k]) for k in batch)
@@ -326,6 +323,12 @@ def replay_answers(
             work.start = np.array([len(prompts[k]) for k in batch], np.int64)
             work.n_tokens += int(mask.sum())
             hf.base_model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+            if not np.isfinite(work.contribution).all():  # of all that is summed this sees the most
+                layer = int(np.flatnonzero(~np.isfinite(work.contribution).all(axis=1))[0])
+                raise NonFiniteActivationError(
+                    f"layer {layer}: NaN or infinity in what its neurons send on: half precision overflowing or damaged "
+                    "weights do this"
+                )
             if progress is not None:
                 progress.update(len(batch))
     return work.result()

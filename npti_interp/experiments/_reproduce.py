@@ -19,9 +19,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from npti_interp import figures
-from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp._files import write_json
 from npti_interp.activations import ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
+from npti_interp.errors import ArtifactError, NptiError
 from npti_interp.evaluation import (
     Calibration,
     Interval,
@@ -39,6 +40,7 @@ from npti_interp.experiments._lab import (
     answer_conditions,
     answer_rows,
     decoding_cost,
+    finished_run,
     interval_columns,
     judge_conditions,
     run_identity,
@@ -50,7 +52,7 @@ from npti_interp.interventions import NeuronEdit
 from npti_interp.models import Model, load_model
 from npti_interp.neurons import NeuronSet, select_neurons
 from npti_interp.prompts import eliciting_personas, persona_prompts
-from npti_interp.runs import RunFolder, read_table, verify_folder, write_table
+from npti_interp.runs import RunFolder, read_table, require_usable, write_table
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
 
 __all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "edit_against_random", "reproduce"]
@@ -264,15 +266,16 @@ class ReproduceResult:
             ArtifactError: a file is damaged.
         """
         path = Path(folder)
-        if not (path / "summary.md").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no finished run; `npti reproduce --out {path}` makes or continues one"
-            )
-        verify_folder(path)
-        settings = read_json(path / "config.json")["settings"]
+        about = finished_run(path, "reproduce", f"`npti reproduce --out {path}` makes or continues one")
+        settings = about["settings"]
         given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        config = ReproduceConfig(**given)
-        return _summarise(path, config)
+        try:
+            return _summarise(path, ReproduceConfig(**given))
+        except NptiError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            # Its files are those of its manifest, but not what such a run writes.
+            raise ArtifactError(f"{path} does not hold what `npti reproduce` writes: {error!r}") from error
 
     def summary(self) -> str:
         """What came out, in words (Markdown)."""
@@ -426,6 +429,7 @@ def reproduce(
         ValueError: unknown preset or bad settings.
         RunFolderError: the folder belongs to other settings, or another process works in it.
         ArtifactError: a file of the folder is damaged.
+        OSError: the folder cannot be written; raised before the model is loaded.
     """
     if isinstance(config, str):
         if config not in PRESETS:
@@ -435,6 +439,7 @@ def reproduce(
     for trait in config.traits:  # asks for more questions than there are: raises before any work
         bench.questions(trait, "search", config.n_search)
         bench.questions(trait, "test", max(config.n_test, config.n_dose if trait == config.dose_trait else 0))
+    require_usable(folder)
     if missing := embedder_available():
         warnings.warn(f"no second opinion by the embedding judge: {missing}", stacklevel=2)
     model = model or load_model(config.model)
@@ -539,7 +544,7 @@ def _one_trait(work: _Work, trait: Trait) -> None:
     name = f"scores/calibration-{trait}.json"
     calibration = _timed(
         work, cost, run.done(name),
-        lambda: run.step(name, calibrate, lambda p, x: write_json(p, asdict(x)), lambda p: Calibration(**read_json(p))),
+        lambda: run.step(name, calibrate, lambda p, x: write_json(p, asdict(x)), Calibration.load),
     )  # fmt: skip
     work.judge.use_calibration(trait, calibration)
     _test(work, trait, neurons, paper)
@@ -833,7 +838,7 @@ def _summarise(folder: Path, config: ReproduceConfig) -> ReproduceResult:
     scores = pd.concat([read_table(folder / f"scores/{t}.parquet") for t in traits], ignore_index=True)
     answers = pd.concat([read_table(folder / f"answers/test-{t}.parquet") for t in traits], ignore_index=True)
     neurons = {t: NeuronSet.load(folder / f"neurons/{t}.safetensors") for t in traits}
-    calibrations = {t: Calibration(**read_json(folder / f"scores/calibration-{t}.json")) for t in traits}
+    calibrations = {t: Calibration.load(folder / f"scores/calibration-{t}.json") for t in traits}
     # Runs made without the second judge have none of its files.
     second = [t for t in traits if (folder / f"scores/embedding-{t}.parquet").is_file()]
     fits = {t: EmbeddingFit.load(folder / f"scores/embedding-{t}.safetensors") for t in second}
@@ -891,11 +896,8 @@ def _finish(run: RunFolder, config: ReproduceConfig) -> ReproduceResult:
         "table.tex": styled(result.table).to_latex(hrules=True),
         "summary.md": result.summary(),
     }
-    for name, text in texts.items():
-        write_atomic(run.path / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-        run.record(name)
-    made = write_figures(result, run.path / "figures")
-    run.record(*(str(path.relative_to(run.path)) for path in made))
+    run.texts(texts)
+    run.figures(lambda folder: write_figures(result, folder))
     return result
 
 

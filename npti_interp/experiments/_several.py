@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from scipy import special as _special
 
-from npti_interp._files import write_atomic
 from npti_interp.evaluation import Interval, benjamini_hochberg, bootstrap_mean, sign_flip_test
 from npti_interp.experiments._lab import (
     Condition,
@@ -37,6 +36,7 @@ from npti_interp.figures._several import plot_several
 from npti_interp.figures._style import TRAIT_COLOURS
 from npti_interp.interventions import CONFLICTS, Intervention, NeuronEdit, compose, count_conflicts
 from npti_interp.models import Model, Prompt
+from npti_interp.models._weights import execution_device
 from npti_interp.runs import read_table
 from npti_interp.traits import TRAITS, Pole, Trait, as_pole, as_trait
 
@@ -83,7 +83,7 @@ def token_effects(
     answer = [int(t) for t in tokens]
     if not answer:
         raise ValueError("the answer has no tokens")
-    device = next(model.hf_model.parameters()).device
+    device = execution_device(model.hf_model.get_input_embeddings())
     asked = torch.tensor([model.encode(prompt)], device=device)
     effects = np.zeros((len(edits), len(answer)))
     if len(answer) == 1 or not edits:
@@ -291,9 +291,7 @@ def several_traits(
             "answers/tokens.parquet", lambda: _token_table(session, config, Meter(session.bar, cost / replays))
         )
         result = SeveralTraitsResult.from_folder(session.run.path, config)
-        page = result.answers_html()
-        write_atomic(session.run.path / "answers.html", lambda path: path.write_text(page, encoding="utf-8"))
-        session.run.record("answers.html")
+        session.run.texts({"answers.html": result.answers_html()})
         session.finish(result)
         return result
 

@@ -156,7 +156,7 @@ class P2(Method):
         personas, content = load_personas(folder, self.name, data)
         try:
             written = {pole: _read(content["written"][pole.value]) for pole in POLES}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder / FILE} lacks a step of P²: {error}") from error
         return P2Prepared(self.name, data.model.fingerprint, data.trait, personas, written)
 

@@ -60,9 +60,17 @@ def load_personas(folder: Path, kind: str, data: SearchData) -> tuple[dict[Pole,
     """
     content = read_record(folder / FILE, kind, data)
     try:
-        return {pole: tuple(Persona(**p) for p in content["personas"][pole.value]) for pole in POLES}, content
+        return {pole: tuple(_persona(p) for p in content["personas"][pole.value]) for pole in POLES}, content
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / FILE} does not hold descriptions of both poles: {error}") from error
+
+
+def _persona(fields: Any) -> Persona:
+    if not isinstance(fields, dict) or any(
+        not isinstance(value, str) and (name, value) != ("facet", None) for name, value in fields.items()
+    ):
+        raise TypeError("a field is no text")
+    return Persona(**fields)
 
 
 def described(kind: str, trait: Trait, pole: Pole, text: str) -> Persona:

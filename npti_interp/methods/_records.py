@@ -66,14 +66,18 @@ def read_record(path: Path, kind: str, data: SearchData) -> dict[str, Any]:
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
         raise ArtifactError(f"{path} holds {found or 'something this toolkit did not write'}, not {kind}")
-    if not isinstance(record.get("version"), int) or record["version"] > _VERSION:
+    if type(record.get("version")) is not int or record["version"] > _VERSION:
         raise ArtifactError(
             f"{path} is {kind} format {record.get('version')}; this version of npti_interp reads up to {_VERSION}: "
             "upgrade it"
         )
     if record.pop("sha256", None) != _digest(record):
         raise ArtifactError(f"{path} was altered: its content does not match the checksum stored with it")
+    if missing := [name for name in ("fingerprint", "trait", "content") if name not in record]:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}")
     ModelFingerprint.from_json(record["fingerprint"]).require_same(data.model.fingerprint, f"{path} and the model")
+    if not isinstance(record["content"], dict):
+        raise ArtifactError(f"{path}: its content is no object")
     if record["trait"] != data.trait.value:
         raise ArtifactError(f"{path} is of {record['trait']}, not of {data.trait}")
     return record["content"]

@@ -25,6 +25,7 @@ from npti_interp.errors import ArtifactError, UnsupportedMethodError
 from npti_interp.methods._base import Method, Prepared, SearchData, Setting
 from npti_interp.methods._records import read_record, write_record
 from npti_interp.models import Model
+from npti_interp.models._weights import is_offloaded
 from npti_interp.traits import POLES, Pole, Trait
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class SFTPrepared(Prepared):
                 twin, self.base.tokenizer, f"{self.base.name} + {pole} {self.trait}", backend=self.base.backend.name
             )
             made.cache_bytes = self.base.cache_bytes
+            made.allow_overcommit = self.base.allow_overcommit
             own = self.base.fingerprint
             made.fingerprint = replace(own, weights=f"{own.weights} + LoRA {adapter.digest} × {key[1]:g}")
             self._made[key] = made
@@ -188,11 +190,17 @@ class SFT(Method):
             raise ValueError(f"scales must be finite and at least one, got {self.scales}")
 
     def check(self, model: Model) -> None:
-        """See `Method.check`: the weights must be here, and the package peft installed."""
+        """See `Method.check`: the weights must be here in floating point, and the package peft installed."""
         if not model.has_weights or isinstance(model.backend, RemoteBackend):
             raise UnsupportedMethodError(
                 f"SFT trains and runs an adapter inside the model, and {model.name} runs on a server; load it in memory "
                 "with backend='transformer_lens', or use another method"
+            )
+        if model.fingerprint.quantisation or is_offloaded(model.hf_model):
+            state = f"in {model.fingerprint.quantisation}" if model.fingerprint.quantisation else "partly offloaded"
+            raise UnsupportedMethodError(
+                f"SFT trains beside weights in floating point on a device, and those of {model.name} are {state}; load "
+                "it without quantization= and without offloading, or use another method"
             )
         if importlib.util.find_spec("peft") is None:
             raise UnsupportedMethodError(
@@ -222,7 +230,11 @@ class SFT(Method):
         """See `Method.load`."""
         self.check(data.model)
         content = read_record(folder / _RECORD, "sft", data)
-        for name, digest in content["sha256"].items():
+        files = {f"{pole.value}/{name}" for pole in POLES for name in _FILES}
+        digests, losses = content.get("sha256"), content.get("losses")
+        if not isinstance(digests, dict) or set(digests) != files or not isinstance(losses, dict):
+            raise ArtifactError(f"{folder / _RECORD} does not name both poles' adapters; prepare the method again")
+        for name, digest in digests.items():
             if not (folder / name).is_file():
                 raise ArtifactError(f"no file at {folder / name}; prepare the method again")
             if sha256_of(folder / name) != digest:
@@ -230,7 +242,7 @@ class SFT(Method):
         return SFTPrepared(
             data.model,
             data.trait,
-            {p: _read_adapter(folder / p.value, content["losses"][p.value]) for p in POLES},
+            {p: _read_adapter(folder / p.value, losses.get(p.value)) for p in POLES},
         )
 
     def _train(self, data: SearchData, examples: Sequence[_Example], bar: tqdm[Any]) -> Adapter:
@@ -365,16 +377,44 @@ def _adapted(twin: nn.Module) -> Generator[Any]:
     yield from (module for module in twin.modules() if isinstance(module, LoraLayer))
 
 
-def _read_adapter(folder: Path, losses: Sequence[float]) -> Adapter:
+_TRAINED = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
+_WORDS = ("inference_mode", "base_model_name_or_path", "peft_version", "revision", "auto_mapping", "runtime_config")
+"""Fields that change nothing of what an adapter computes."""
+
+
+def _require_plain(config: Any) -> None:
+    """Raise unless an adapter is of the kind that is trained here.
+
+    A configuration can name modules to import and patterns to search with; ours have only sizes and layers' names.
+
+    Raises:
+        ValueError: it is not.
+    """
+    from peft import LoraConfig
+
+    given: Any = {name: getattr(config, name) for name in _TRAINED}
+    plain = LoraConfig(task_type="CAUSAL_LM", **given).to_dict()
+    own = config.to_dict()
+    odd = sorted(k for k in {*plain, *own} if k not in _WORDS and plain.get(k) != own.get(k))
+    layers = given["target_modules"]
+    sizes = [type(given["r"]) is int and given["r"] >= 1, isinstance(given["lora_alpha"], int | float)]
+    if odd or not all(sizes) or not (layers == "all-linear" or isinstance(layers, list | set)):
+        raise ValueError(f"an adapter of another kind than is trained here ({', '.join(odd) or 'its sizes or layers'})")
+
+
+def _read_adapter(folder: Path, losses: Any) -> Adapter:
     from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        if not isinstance(losses, list) or not all(isinstance(loss, int | float) for loss in losses):
+            raise ValueError("the losses are no list of numbers")
         config: Any = LoraConfig.from_pretrained(str(folder))
+        _require_plain(config)
         weights = {name.removeprefix(_PREFIX): own for name, own in load_file(folder / _FILES[1]).items()}
         return Adapter(config, weights, tuple(losses))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise ArtifactError(f"{folder} does not hold a whole adapter: {error}") from error
 
 

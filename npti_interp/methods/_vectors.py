@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -81,7 +82,9 @@ class Learnt(Prepared):
         try:
             fingerprint = ModelFingerprint.from_json(metadata["fingerprint"])
             trait, settings, facts = Trait(metadata["trait"]), metadata["settings"], metadata["facts"]
-            tensors = {name: torch.from_numpy(arrays[name]) for name in cls.tensor_names()}
+            if not isinstance(facts, dict):
+                raise ArtifactError(f"its facts are a {type(facts).__name__}")
+            tensors = {f.name: torch.from_numpy(arrays[f.name]) for f in fields(cls) if f.name in cls.tensor_names()}
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is not a whole {cls.__name__}: {error}") from error
         fingerprint.require_same(data.model.fingerprint, f"{path.name} and the model")
@@ -92,7 +95,35 @@ class Learnt(Prepared):
                 f"{path} was learnt with settings {settings}, not {_as_json(method.settings())}; use those, or prepare "
                 "the method again"
             )
+        for f in fields(cls):
+            if f.name in tensors:
+                _require_annotated(tensors[f.name], str(f.type), data.model, f"{path}: {f.name}")
         return cls(method.name, settings, fingerprint, trait, facts, **tensors)
+
+
+_ANNOTATION = re.compile(r"(Float|Bool)\[Tensor, ['\"]([\w ]+)['\"]\]")
+
+
+def _require_annotated(tensor: Tensor, annotation: str, model: Model, what: str) -> None:
+    """Raise unless a tensor that was read is of the kind and shape that its field is annotated with.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    found = _ANNOTATION.fullmatch(annotation)
+    assert found is not None, annotation
+    at = model.sites
+    sizes = {
+        "layer": at.n_layers, "d_mlp": at.d_mlp, "d_model": at.d_model, "head": at.n_heads, "d_head": at.d_head,
+        "pos": None,
+    }  # fmt: skip
+    wanted = [sizes[axis] for axis in found[2].split()]
+    fits = tensor.ndim == len(wanted) and all(
+        want in (None, got) for want, got in zip(wanted, tensor.shape, strict=True)
+    )
+    kind = tensor.dtype == torch.bool if found[1] == "Bool" else tensor.is_floating_point()
+    if not (fits and kind):
+        raise ArtifactError(f"{what} is {tensor.dtype} {list(tensor.shape)} where {annotation} is expected")
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

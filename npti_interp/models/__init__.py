@@ -10,11 +10,29 @@ from npti_interp.models._sites import SUPPORTED_MODEL_TYPES, FFNSites
 
 if TYPE_CHECKING:
     from npti_interp.models._loading import load_model
+    from npti_interp.models._memory import MemoryPlan, plan_memory
     from npti_interp.models._model import Model, Prompt, generate_sweep
 
-__all__ = ["SUPPORTED_MODEL_TYPES", "FFNSites", "Model", "ModelFingerprint", "Prompt", "generate_sweep", "load_model"]
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "FFNSites",
+    "MemoryPlan",
+    "Model",
+    "ModelFingerprint",
+    "Prompt",
+    "generate_sweep",
+    "load_model",
+    "plan_memory",
+]
 
-_LATER = {"Model": "_model", "Prompt": "_model", "generate_sweep": "_model", "load_model": "_loading"}
+_LATER = {
+    "MemoryPlan": "_memory",
+    "Model": "_model",
+    "Prompt": "_model",
+    "generate_sweep": "_model",
+    "load_model": "_loading",
+    "plan_memory": "_memory",
+}
 
 
 def __getattr__(name: str) -> Any:

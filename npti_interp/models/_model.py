@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from npti_interp._programs import SITES, Edits
+from npti_interp._programs import FINE_BINS, SITES, Edits
 from npti_interp.activations import DEFAULT_BLOCKS, ActivationCollector, ActivationStatistics
 from npti_interp.backends import (
     Backend,
@@ -24,10 +26,12 @@ from npti_interp.backends import (
     TransformerLensBackend,
 )
 from npti_interp.errors import NonFiniteActivationError
-from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, require_room
+from npti_interp.generation import Answer, Decoding, Pass, Progress, Row, hook_sites, hooked, require_room
 from npti_interp.interventions import Intervention, edit_plan, stack
 from npti_interp.models._fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint, fingerprint_model
+from npti_interp.models._memory import ModelShape, make_plan, overcommit_allowed, refuse
 from npti_interp.models._sites import FFNSites, find_sites
+from npti_interp.models._weights import compute_dtype, execution_device, layer_devices
 
 DEFAULT_CACHE_BYTES = 2**30
 """Memory for keys and values while decoding."""
@@ -57,7 +61,9 @@ class Model:
         sites: where its FFN neurons are.
         fingerprint: its identity.
         backend: the engine that runs it.
-        cache_bytes: memory for keys and values while decoding; decides how many rows are decoded at once.
+        cache_bytes: memory for keys and values while decoding; decides, with the memory that is left, how many rows are
+            decoded at once (which changes no result).
+        allow_overcommit: work even where memory will not do by the plan (`npti_interp.plan_memory`).
 
     Raises:
         UnsupportedModelError: mixture-of-experts or unknown architecture.
@@ -84,6 +90,8 @@ class Model:
         self.tokenizer: Any = tokenizer
         self.name = name
         self.cache_bytes = DEFAULT_CACHE_BYTES
+        self.allow_overcommit = False
+        self.remote_settings = remote
         self._active: list[Intervention] = []
         stop = self._stop_tokens()
         rows = int(self.hf_model.get_input_embeddings().weight.shape[0])
@@ -103,8 +111,8 @@ class Model:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are in this process; of a remote model they are not."""
-        return next(self.hf_model.parameters()).device.type != "meta"
+        """Whether the weights are at hand (offloaded ones are fetched when needed); of a remote model they are not."""
+        return execution_device(self.hf_model).type != "meta"
 
     def require_weights(self, what: str) -> None:
         """Raise unless the weights are in this process.
@@ -118,6 +126,52 @@ class Model:
                 "with backend='transformer_lens'"
             )
 
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """What plans of memory need to know of the model."""
+        return ModelShape.of_model(self.hf_model, self.sites, self.name)
+
+    def _rows_at_once(
+        self, rows: Sequence[Row], interventions: Sequence[Intervention | None], decoding: Decoding,
+        batch_size: int | None, what: str, n_blocks: int = 0,
+    ) -> int:  # fmt: skip
+        """Rows to decode at once: as many as asked for (or as `cache_bytes` allows), fewer where memory is short.
+
+        Args:
+            rows: all of them.
+            interventions: of the call.
+            decoding: how tokens are chosen.
+            batch_size: most rows at once; None is what `cache_bytes` allows.
+            what: what is about to be done, for the message.
+            n_blocks: blocks of the statistics that are collected meanwhile; 0 is none.
+
+        Raises:
+            NotEnoughMemoryError: not even one row will fit.
+        """
+        most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+        if self.remote_settings is not None or overcommit_allowed(self.allow_overcommit):
+            return most
+        touched: set[int] = set()
+        for own in interventions:
+            touched |= set(own.layer_edits(self.sites.n_layers, self.sites.d_mlp)) if own is not None else set()
+        asked: dict[str, Any] = {
+            "prompt_tokens": max(len(row.prompt) for row in rows), "max_new_tokens": decoding.max_new_tokens,
+            "conditions": len(interventions), "layers": len(touched), "traits": 1 if n_blocks else 0,
+            "n_blocks": n_blocks or DEFAULT_BLOCKS, "loaded": True,
+        }  # fmt: skip
+        n = min(most, len(rows))
+        if make_plan(self.shape, rows=n, more_rows=n < len(rows), **asked).fits:
+            return most
+        fewer = min(n, int(make_plan(self.shape, rows=None, **asked).settings["rows"]))
+        advice = (
+            "shorten prompts or answers, try fewer interventions at once, or load the model smaller (dtype=, "
+            "quantization=)",
+        )  # fmt: skip
+        refuse(
+            make_plan(self.shape, rows=fewer, **asked), f"{what} even {fewer} row{'s' * (fewer > 1)} at once", advice
+        )
+        return fewer
+
     def _stop_tokens(self) -> list[int]:
         found: list[int] = []
         for source in (self.hf_model.generation_config, self.hf_model.config, self.tokenizer):
@@ -127,15 +181,19 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Precision of the weights, such as ``torch.float32``; of a remote model the server's."""
+        """Precision of weights and activations, such as ``torch.float32``; of a remote model the server's.
+
+        Of a quantised model that of the activations, with how the weights are stored.
+        """
         if isinstance(self.backend, RemoteBackend):
             return self.backend.dtype
-        return str(next(self.hf_model.parameters()).dtype)
+        dtype = str(compute_dtype(self.hf_model))
+        return f"{dtype}, {self.fingerprint.quantisation} weights" if self.fingerprint.quantisation else dtype
 
     @property
     def device(self) -> str:
-        """Kind of device the weights are on: ``cpu``, ``cuda`` and so on."""
-        return next(self.hf_model.parameters()).device.type if self.has_weights else "server"
+        """Kind of device the model computes on: ``cpu``, ``cuda`` and so on; where it enters, if there are several."""
+        return execution_device(self.hf_model).type if self.has_weights else "server"
 
     @property
     def bridge(self) -> Any:
@@ -194,11 +252,17 @@ class Model:
             text = self._template(messages)
         except Exception as error:  # templates raise jinja2's TemplateError when they refuse a role
             if type(error).__name__ != "TemplateError" or messages[0]["role"] != "system" or len(messages) < 2:
-                raise
+                raise self._bad_template(error) from error
             merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            text = self._template([merged, *messages[2:]])
+            try:
+                text = self._template([merged, *messages[2:]])
+            except Exception as again:
+                raise self._bad_template(again) from again
         # The template writes the special tokens itself; adding them again would double the first one.
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _bad_template(self, error: Exception) -> ValueError:
+        return ValueError(f"the chat template of {self.name} fails ({type(error).__name__}: {error})")
 
     def _template(self, messages: Sequence[Message]) -> str:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -266,18 +330,36 @@ class Model:
             FingerprintMismatchError: the neurons belong to another model.
         """
         self.require_weights("editing the plain Hugging Face model (pass intervention= to generate instead)")
-        whole = self._checked(intervention)
-        assert whole is not None
-        handles = _hook_plain_model(self.hf_model, self.sites, intervention)
-        self._active.append(intervention)
-        try:
-            yield self
-        finally:
-            self._active.pop()
-            for handle in handles:
-                handle.remove()
+        self._checked(intervention)
+        outer = self._active
+        with _hooked_plain_model(self.hf_model, self.sites, intervention):
+            try:
+                self._active = [*outer, intervention]
+                yield self
+            finally:
+                self._active = outer
 
     # -- work ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Generator[None]:
+        """Where damaged weights are behind an error about NaN, say so, and which they are."""
+        try:
+            yield
+        except NonFiniteActivationError as error:
+            damaged = [
+                name
+                for name, own in self.hf_model.named_parameters()
+                if own.device.type != "meta" and not torch.isfinite(own).all()
+            ]
+            if not damaged:
+                raise
+            layer = re.search(r"\.(\d+)\.", damaged[0])
+            where = f"layer {layer[1]}: " if layer else ""
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise NonFiniteActivationError(
+                f"{where}NaN or infinity in the weights {damaged[0]}{more}: they are damaged; load the model anew"
+            ) from error
 
     def generate(
         self,
@@ -302,7 +384,7 @@ class Model:
             top_p: nucleus, for temperatures above 0.
             repetition_penalty: 1 is none.
             seed: of the drawing; each prompt has its own stream, so the batch does not matter.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a progress bar.
 
         Returns:
@@ -347,7 +429,7 @@ class Model:
             top_p: as for `generate`.
             repetition_penalty: as for `generate`.
             seed: as for `generate`; a prompt draws alike under every intervention.
-            batch_size: rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
+            batch_size: most rows (prompt × intervention) decoded at once; by default as many as `cache_bytes` allows.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -381,7 +463,7 @@ class Model:
             interventions: None is the unedited model.
             pairs: ``(prompt, intervention)`` by index, one an answer.
             decoding: how tokens are chosen.
-            batch_size: rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
+            batch_size: most rows decoded at once; by default as many as `cache_bytes` allows. Changes no result.
             progress: show a bar, or advance the one given by one a row.
 
         Returns:
@@ -390,6 +472,7 @@ class Model:
         Raises:
             ValueError: nothing to do, an empty prompt, or an index out of range.
             FingerprintMismatchError: an intervention belongs to another model.
+            NotEnoughMemoryError: not even one row will fit into memory.
         """
         if not interventions:
             raise ValueError("no interventions were given; use [None] for the unedited model")
@@ -401,8 +484,9 @@ class Model:
                 raise ValueError(f"pair ({k}, {c}) is outside {len(encoded)} prompts × {len(checked)} interventions")
         rows = [Row(encoded[k], c, key=k) for k, c in pairs]
         with _bar(progress, len(rows), "generate") as bar:
-            most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
-            tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
+            most = self._rows_at_once(rows, checked, decoding, batch_size, "generating")
+            with self._damage_named():
+                tokens = self.backend.generate(rows, checked, decoding, max_rows=most, progress=bar)
         return [self._decode(t) for t in tokens]
 
     def collect(
@@ -422,6 +506,46 @@ class Model:
         """Statistics and answers; see `npti_interp.collect_activations`, which gives the former."""
         if n_blocks < 2:
             raise ValueError(f"n_blocks must be at least 2, got {n_blocks}")
+        collector = ActivationCollector(self.fingerprint, n_blocks)
+        made = self.collect_into(
+            collector, prompts, answers, intervention=intervention, max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty, blocks=blocks, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        how: Any = "replay"
+        if answers is None:
+            how = Decoding(max_new_tokens, repetition_penalty=repetition_penalty).to_dict()
+        return collector.result({"decoding": how, "n_prompts": len(prompts), **dict(metadata or {})}), made
+
+    def collect_into(
+        self,
+        collector: ActivationCollector,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str] | None = None,
+        *,
+        intervention: Intervention | None = None,
+        max_new_tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        blocks: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        progress: bool | Progress = False,
+    ) -> list[Answer]:
+        """Count into a collector, which may have counted other prompts before; the form of `collect` for many prompts.
+
+        Args:
+            collector: of this model.
+            prompts: as for `npti_interp.collect_activations`, like all that follow.
+            answers: those to replay; None decodes.
+            intervention: acts on the model meanwhile.
+            max_new_tokens: length of an answer while decoding.
+            repetition_penalty: of the decoding.
+            blocks: block of each prompt.
+            batch_size: rows decoded at once.
+            progress: show a bar, or advance the one given by one a prompt.
+
+        Returns:
+            the answers.
+        """
+        n_blocks = collector.n_blocks
         self._require_batch_size(batch_size)
         encoded = self._encode_all(prompts)
         chosen = [k % n_blocks for k in range(len(encoded))] if blocks is None else [int(b) for b in blocks]
@@ -429,23 +553,19 @@ class Model:
             raise ValueError(f"{len(encoded)} prompts but {len(chosen)} blocks")
         if any(not 0 <= b < n_blocks for b in chosen):
             raise ValueError(f"blocks must lie in 0 … {n_blocks - 1}, got {min(chosen)} … {max(chosen)}")
-        collector = ActivationCollector(self.fingerprint, n_blocks)
         rows = [Row(p, 0, b, key=k) for k, (p, b) in enumerate(zip(encoded, chosen, strict=True))]
         edits = [self._checked(intervention)]
-        described: dict[str, Any] = {"n_prompts": len(rows), **dict(metadata or {})}
-        with _bar(progress, len(rows), "collect") as bar:
+        with _bar(progress, len(rows), "collect") as bar, self._damage_named():
             if answers is None:
                 decoding = Decoding(max_new_tokens, repetition_penalty=repetition_penalty)
-                most = batch_size or self.backend.rows_within(self.cache_bytes, rows, decoding)
+                most = self._rows_at_once(rows, edits, decoding, batch_size, "collecting on", n_blocks)
                 tokens = self.backend.generate(rows, edits, decoding, collector=collector, max_rows=most, progress=bar)
-                made = [self._decode(t) for t in tokens]
-                return collector.result({"decoding": decoding.to_dict(), **described}), made
+                return [self._decode(t) for t in tokens]
             if len(answers) != len(rows):
                 raise ValueError(f"{len(rows)} prompts but {len(answers)} answers")
             fed = [self._fed(a) for a in answers]
             self.backend.replay(rows, fed, edits, collector, progress=bar)
-            given = [a if isinstance(a, Answer) else Answer(a, f) for a, f in zip(answers, fed, strict=True)]
-            return collector.result({"decoding": "replay", **described}), given
+            return [a if isinstance(a, Answer) else Answer(a, f) for a, f in zip(answers, fed, strict=True)]
 
     def fill_percentiles(
         self,
@@ -475,13 +595,38 @@ class Model:
         if statistics.complete or not where.any():
             return statistics
         statistics.fingerprint.require_same(self.fingerprint, "the statistics and the model")
-        assert isinstance(self.backend, TaskBackend)
         chosen, windows = statistics.percentile_windows(where)
+        fine = self.count_windows(prompts, answers, windows, intervention=intervention, progress=progress)
+        return statistics.with_percentiles(chosen, fine)
+
+    def count_windows(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        windows: Mapping[int, tuple[Tensor, Tensor]],
+        *,
+        intervention: Intervention | None = None,
+        progress: bool | Progress = False,
+    ) -> npt.NDArray[np.int32]:
+        """The second pass of `fill_percentiles` over some of the answers; counts of several passes add up.
+
+        Args:
+            prompts: as for `collect`.
+            answers: those that `collect` gave.
+            windows: from `ActivationStatistics.percentile_windows`.
+            intervention: the one the statistics were collected under.
+            progress: show a bar, or advance the one given by one a prompt.
+
+        Returns:
+            ``int32 [chosen, 2, bin]``, for `ActivationStatistics.with_percentiles`.
+        """
+        assert isinstance(self.backend, TaskBackend)
         rows = [Row(p, 0, 0) for p in self._encode_all(prompts)]
         fed = [self._fed(a) for a in answers]
         with _bar(progress, len(rows), "percentiles") as bar:
-            fine = self.backend.fine_counts(rows, fed, [self._checked(intervention)], windows, progress=bar)
-        return statistics.with_percentiles(chosen, torch.cat([fine[layer] for layer in sorted(fine)]).numpy())
+            fine = self.backend.fine_counts(rows, fed, [self._checked(intervention)], dict(windows), progress=bar)
+        none = {layer: torch.zeros(len(own), 2, FINE_BINS, dtype=torch.int32) for layer, (own, _) in windows.items()}
+        return torch.cat([fine.get(layer, none[layer]) for layer in sorted(windows)]).numpy()
 
     def _fed(self, answer: str) -> tuple[int, ...]:
         """The tokens of an answer that are fed back: of a decoded one all but the last."""
@@ -510,14 +655,51 @@ class Model:
         Raises:
             ValueError: unequal lengths, an intervention that cannot be replayed, or a prompt too short for it.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity in the model.
         """
         encoded = self._encode_all(prompts)
         if len(encoded) != len(continuations):
             raise ValueError(f"{len(encoded)} prompts but {len(continuations)} lists of continuations")
         tokens = [[self.encode_answer(text) for text in texts] for texts in continuations]
-        with _bar(progress, len(encoded), "score") as bar:
-            sums = self.backend.log_likelihoods(encoded, tokens, self._checked(intervention), progress=bar)
+        with _bar(progress, len(encoded), "score") as bar, self._damage_named():
+            sums: list[list[float]] = [[] for _ in encoded]
+            checked = self._checked(intervention)
+            for group in self._scored_at_once(encoded, tokens):
+                own = self.backend.log_likelihoods(
+                    [encoded[k] for k in group], [tokens[k] for k in group], checked, progress=bar
+                )  # fmt: skip
+                for k, values in zip(group, own, strict=True):
+                    sums[k] = values
+            for index, own in enumerate(sums):
+                if not np.isfinite(own).all():
+                    raise NonFiniteActivationError(
+                        f"prompt {index}: NaN or infinite log-likelihood: {_CAUSES}; `Model.read` with "
+                        "at='prompt_end' names the layer in which they begin"
+                    )
         return sums, [[len(t) for t in own] for own in tokens]
+
+    def _scored_at_once(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[int]]:
+        """Prompts that are scored in one call: as many as keeps the continuations' keys and values within `cache_bytes`.
+
+        A backend bounds the continuations' tokens, and each of them holds its whole prompt's keys and values.
+        """
+        if self.remote_settings is not None:
+            return [list(range(len(prompts)))]
+        budget = self.cache_bytes // max(1, sum(self.shape.per_place().values()))
+        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))  # as the engine does
+        groups: list[list[int]] = [[]]
+        rows = longest = 0
+        for k in order:
+            place = len(prompts[k]) + max((len(c) for c in continuations[k]), default=0)
+            more = rows + len(continuations[k])
+            if groups[-1] and more * max(longest, place) > budget:
+                groups.append([])
+                rows, longest, more = 0, 0, len(continuations[k])
+            groups[-1].append(k)
+            rows, longest = more, max(longest, place)
+        return groups
 
     def next_token_logits(
         self, prompts: Sequence[Prompt], intervention: Intervention | None = None
@@ -531,8 +713,28 @@ class Model:
         Raises:
             ValueError: as for `log_likelihoods`.
             FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity among them.
         """
-        return self.backend.next_token_logits(self._encode_all(prompts), self._checked(intervention))
+        return self.logits_after(self._encode_all(prompts), intervention)
+
+    def logits_after(
+        self, tokens: Sequence[Sequence[int]], intervention: Intervention | None = None
+    ) -> Float[Tensor, "row vocab"]:
+        """`next_token_logits` of token ids, which may hold the begin of an answer.
+
+        Raises:
+            ValueError: as for `log_likelihoods`.
+            FingerprintMismatchError: the intervention belongs to another model.
+            NonFiniteActivationError: NaN or infinity in the model.
+        """
+        with self._damage_named():
+            logits = self.backend.next_token_logits(tokens, self._checked(intervention))
+            if not torch.isfinite(logits.amax(dim=-1)).all():
+                raise NonFiniteActivationError(
+                    f"NaN or infinite logits: {_CAUSES}; `Model.read` with at='prompt_end' names the layer in which they "
+                    "begin"
+                )
+            return logits
 
     def read(
         self,
@@ -581,7 +783,7 @@ class Model:
                 raise ValueError(f"{len(encoded)} prompts but {len(answers)} answers")
             fed = [a.tokens if isinstance(a, Answer) and a.tokens else self.encode_answer(a) for a in answers]
         rows, edits = [Row(p) for p in encoded], [self._checked(intervention)]
-        with _bar(progress, len(rows), "read") as bar:
+        with _bar(progress, len(rows), "read") as bar, self._damage_named():
             return _finite(self.backend.read(rows, fed, edits, site=site, at=at, progress=bar))[:, 0]
 
     def read_positions(
@@ -618,7 +820,8 @@ class Model:
             )
         width = max(map(len, tokens))
         rows = [Row((*own, *padding * (width - len(own)))) for own in tokens]
-        return _finite(self.backend.read(rows, [()] * len(rows), [None], site="before", at="every"))
+        with self._damage_named():
+            return _finite(self.backend.read(rows, [()] * len(rows), [None], site="before", at="every"))
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.fingerprint}, backend={self.backend.name!r})"
@@ -629,6 +832,9 @@ class Model:
             f"<b>{self.name}</b>: {f.architecture}, {f.n_layers} layers × {f.d_mlp:,} FFN neurons, σ = {f.activation}, "
             f"backend {self.backend.name}, fingerprint <code>{f.digest}</code>"
         )
+
+
+_CAUSES = "half precision overflowing, damaged weights, or an edit that is too large do this"
 
 
 def generate_sweep(
@@ -657,21 +863,18 @@ def _finite(read: Float[Tensor, "row place layer width"]) -> Float[Tensor, "row 
     """
     bad = (~torch.isfinite(read).all(dim=3)).flatten(0, 1).any(dim=0).nonzero()
     if len(bad):
-        raise NonFiniteActivationError(
-            f"layer {int(bad[0])}: NaN or infinite values. Half precision overflowing, damaged weights, or an edit that "
-            "is too large do this"
-        )
+        raise NonFiniteActivationError(f"layer {int(bad[0])}: NaN or infinite values: {_CAUSES}")
     return read
 
 
-def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Intervention) -> list[Any]:
-    """Hooks that edit a plain Hugging Face model: the front on passes over prompts, the rest on those that continue one."""
+@contextlib.contextmanager
+def _hooked_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Intervention) -> Generator[None]:
+    """Edit a plain Hugging Face model: the front on passes over prompts, the rest on those that continue one."""
     if any(edit.drop > 0 for edit in intervention.layer_edits(sites.n_layers, sites.d_mlp).values()):
         raise ValueError("an edit with a random mask needs the step's number; pass it to Model.generate instead")
     if intervention.edit_prompt_end:
         raise ValueError("edit_prompt_end is only known to Model.generate; pass the edit as its argument")
-    state = Pass(Edits(edit_plan([intervention], sites)), SITES)
-    handles = hook_sites(sites.modules(hf_model), state)
+    state = Pass(Edits(edit_plan([intervention], sites), layer_devices(hf_model, sites)), SITES)
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -689,7 +892,12 @@ def _hook_plain_model(hf_model: nn.Module, sites: FFNSites, intervention: Interv
             rows = [Row((0,) * int(n)) for n in ids.shape[1] - state.start]
             require_room(rows, [intervention], sites)
 
-    return [hf_model.register_forward_pre_hook(before, with_kwargs=True), *handles]
+    def hooks() -> Generator[Any]:
+        yield hf_model.register_forward_pre_hook(before, with_kwargs=True)
+        yield from hook_sites(sites.modules(hf_model), state)
+
+    with hooked(hooks()):
+        yield
 
 
 def _first_places(ids: Tensor, mask: Any) -> Tensor:

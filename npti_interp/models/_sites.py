@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from npti_interp.errors import UnsupportedModelError
+from npti_interp.models._weights import plain_weight
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "FFNSites", "find_sites"]
 
@@ -136,13 +137,15 @@ class FFNSites:
         return [mlp.get_submodule(self._layout.down) for mlp in self._mlps(model)]
 
     def write_weights(self, model: nn.Module, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """Row *i* is what neuron *i* of ``layer`` writes, per unit of what it sends on (a view of the model's weights).
+        """Row *i* is what neuron *i* of ``layer`` writes, per unit of what it sends on.
+
+        A view of the model's weights; where these are quantised or offloaded, numbers made or fetched for this call.
 
         A plain FFN sends on the neuron's value, a gated one its product with ``(ĥ W3)_i``. Where a norm follows the FFN
         (Gemma 2 and 3, OLMo 2), this is what goes into that norm.
         """
         down = self.down_projections(model)[layer]
-        weight = cast(Tensor, down.weight)
+        weight = plain_weight(down)
         return weight if weight.shape == (self.d_mlp, self.d_model) and _is_conv1d(down) else weight.T
 
 

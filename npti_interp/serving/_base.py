@@ -116,9 +116,15 @@ class Completion:
             raise ValueError(f"token ids expected, got {given!r:.80}")
         if self.finish_reason not in ("stop", "length"):
             raise ValueError(f"not a whole answer: finish_reason {self.finish_reason!r:.80}")
+        ended: Any = self.stop_reason
+        if not isinstance(ended, int | str | None) or isinstance(ended, bool):
+            raise ValueError(f"a token or a text as stop_reason expected, got {ended!r:.80}")
         object.__setattr__(self, "tokens", tuple(self.tokens))
         if self.log_probabilities is not None:
-            values = tuple(float(v) for v in self.log_probabilities)
+            try:
+                values = tuple(float(v) for v in self.log_probabilities)
+            except OverflowError:
+                raise ValueError("a log-probability is too large") from None
             if len(values) != len(self.tokens):
                 raise ValueError(f"{len(self.tokens)} tokens but {len(values)} log-probabilities")
             object.__setattr__(self, "log_probabilities", values)

@@ -78,7 +78,8 @@ class ServedGenerator(TokenGenerator):
         self._unkept = Ledger(ReplyCache(None, "TokenCompletion", Completion), answerer)
 
     def __repr__(self) -> str:
-        return f"ServedGenerator({self._model.name!r}, {self._endpoint.where!r})"
+        own: Endpoint | None = getattr(self, "_endpoint", None)  # a traceback may show one that could not be made
+        return f"ServedGenerator({self._model.name!r}, {own and own.where!r})"
 
     @property
     def calls(self) -> int:
@@ -97,21 +98,24 @@ class ServedGenerator(TokenGenerator):
         Raises:
             RemoteServiceError: the server does not answer, or does not have it.
         """
-        if self._listed:
-            return
+        # Raised here, where no local holds the names as they came: one may quote the key.
+        if not self._listed and (lacking := self._find()):
+            raise RemoteServiceError(lacking)
+
+    def _find(self) -> str:
+        """`_list`, giving back what is wrong."""
         try:
             found = self._endpoint.send(lambda api: api.models.with_raw_response.list(), _models, 0, threading.Event())
         except EndpointError as failure:
-            raise RemoteServiceError(
-                f"no vLLM server answers at {self._endpoint.where}: {failure}. Start one with: vllm serve MODEL"
-            ) from None
-        names = [self._endpoint.without_key(name) for name in found]
+            return f"no vLLM server answers at {self._endpoint.where}: {failure}. Start one with: vllm serve MODEL"
+        names = [self._endpoint.shown(name) for name in found]
         if self._served_as is None and len(found) != 1:
-            raise RemoteServiceError(f"the server has {len(found)} models: say which with served_as=… ({names})")
+            return f"the server has {len(found)} models: say which with served_as=… ({names})"
         name = self._served_as or next(iter(found))
         if name not in found:
-            raise RemoteServiceError(f"the server has no model {name!r}; it has {', '.join(names) or 'none'}")
+            return f"the server has no model {name!r}; it has {', '.join(names) or 'none'}"
         self._name, self._limit, self._listed = name, found[name], True
+        return ""
 
     def _max_length(self) -> int | None:
         self._list()
@@ -146,9 +150,10 @@ class ServedGenerator(TokenGenerator):
         """The answer, or why there is none."""
         try:
             return ledger.reply(call, lambda: self._asked(call, stop), stop)[0]
-        except EndpointError as failure:
-            self._endpoint.failed(failure)
-            return str(failure)
+        except EndpointError as error:
+            failure = str(error)
+        self._endpoint.failed(failure)
+        return failure
 
     def _asked(self, call: TokenCall, stop: threading.Event) -> Completion:
         self._list()
@@ -156,6 +161,8 @@ class ServedGenerator(TokenGenerator):
             lambda api: self._send(api, call), lambda body: self._read(body, call), len(call.prompt) + call.max_tokens,
             stop,
         )  # fmt: skip
+        if isinstance(made, str):
+            raise RemoteServiceError(made)
         checked_tokens(call, made, self._vocabulary)  # what is no answer shall not be kept
         return made
 
@@ -176,22 +183,21 @@ class ServedGenerator(TokenGenerator):
             given["logprobs"] = 1
         return api.completions.with_raw_response.create(**given, extra_body=extra)
 
-    def _read(self, body: Any, call: TokenCall) -> Completion:
-        """A completion from a reply.
+    def _read(self, body: Any, call: TokenCall) -> Completion | str:
+        """A completion from a reply; or how it shows that the server cannot do what is needed, or changed the prompt.
 
         Raises:
             ValueError: a broken reply; also `KeyError` and `TypeError`.
-            RemoteServiceError: a server that cannot do what is needed, or changed the prompt.
         """
         (choice,) = body["choices"]
         if choice.get("token_ids") is None:
-            raise RemoteServiceError(
+            return (
                 "the server returns no token ids, and text alone does not say which tokens were decoded; use vLLM 0.10.2 or "
                 "newer, or a server that knows return_token_ids"
             )
         read: Any = choice.get("prompt_token_ids")
         if read is not None and tuple(read) != call.prompt:
-            raise RemoteServiceError(
+            return (
                 f"the server read another prompt than was sent: {len(read)} tokens for {len(call.prompt)}; it shall neither "
                 "cut prompts off nor add tokens to them"
             )
@@ -202,7 +208,7 @@ class ServedGenerator(TokenGenerator):
             raise TypeError("lists expected")
         ended: Any = choice.get("stop_reason")
         if isinstance(ended, str):
-            ended = self._endpoint.without_key(ended)[:80]
+            ended = self._endpoint.shown(ended)[:80]
         counted: Any = (body.get("usage") or {}).get("completion_tokens")
         if (
             ended is None

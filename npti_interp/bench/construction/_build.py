@@ -33,7 +33,7 @@ from npti_interp.bench.construction._filters import (
 from npti_interp.bench.construction._items import ItemLike, build_items, items_digest
 from npti_interp.bench.construction._plan import ASIDE, Plan, make_plan
 from npti_interp.bench.construction._prompts import prompts_digest
-from npti_interp.bench.construction._tables import BENCH, BuildFolder, Row, shard_name
+from npti_interp.bench.construction._tables import BENCH, BuildFolder, Row, read_rows, shard_name
 from npti_interp.bench.construction._writing import (
     Task,
     ask,
@@ -46,6 +46,8 @@ from npti_interp.bench.construction._writing import (
     refinement_tasks,
 )
 from npti_interp.chat._base import ChatEstimate
+from npti_interp.errors import ArtifactError
+from npti_interp.runs import read_manifest
 from npti_interp.traits import POLES, Trait
 
 if TYPE_CHECKING:
@@ -78,11 +80,15 @@ class BuildResult:
 
         Raises:
             FileNotFoundError: none is there, or it is not finished.
+            ArtifactError: its card is damaged.
         """
         path = Path(folder)
         if not (path / _CARD).is_file():
             raise FileNotFoundError(f"{path} holds no finished build; run build_bench with this folder")
-        return cls(path, read_json(path / _CARD))
+        card: Any = read_json(path / _CARD)
+        if not isinstance(card, dict):
+            raise ArtifactError(f"{path / _CARD} is no data card")
+        return cls(path, card)
 
     @property
     def path(self) -> Path:
@@ -276,16 +282,14 @@ class _Begun:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path()
-        manifest = self._folder / "manifest.json"
-        self._files: Mapping[str, str] = read_json(manifest)["files"] if folder and manifest.is_file() else {}
+        begun = folder is not None and (folder / "manifest.json").is_file()
+        self._files: Mapping[str, str] = read_manifest(self._folder) if begun else {}
 
     def done(self, name: str) -> bool:
         return name in self._files
 
     def read(self, name: str) -> list[Row]:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self._folder / name).to_pylist()
+        return read_rows(self._folder / name)
 
 
 def _first_tasks(plan: Plan, stage: str, trait: Trait) -> Iterator[tuple[int, list[Task]]]:

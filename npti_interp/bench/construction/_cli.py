@@ -59,6 +59,7 @@ def build(
     Stop it whenever you like; called again, it goes on where it was, and makes no call twice.
     """
     from npti_interp.bench.construction import BuildConfig, build_bench, embedded_topics, estimate_bench, read_items
+    from npti_interp.runs import require_usable
 
     if (prompt_price is None) != (completion_price is None):
         raise ValueError("give both --prompt-price and --completion-price, or neither")
@@ -73,6 +74,8 @@ def build(
     )  # fmt: skip
     chosen = _chosen(read_items(items, n_items), trait, items_per_trait)
     kept = "cache" if cache is None else cache
+    if not dry_run:
+        require_usable(out)  # before a model is loaded or a call made
     chat = _chat(base_url, model, local, kept, concurrency, requests_per_minute, tokens_per_minute, timeout)
     if dry_run:
         estimate = estimate_bench(chosen, chat, config, folder=out)

@@ -7,16 +7,15 @@ there, and counts only once the manifest has it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from npti_interp._files import write_atomic, write_json
-from npti_interp.runs import (
-    _SCRATCH,  # pyright: ignore[reportPrivateUsage]
-    RunFolder,
-)
+from npti_interp._files import write_atomic
+from npti_interp.errors import ArtifactError
+from npti_interp.runs import RunFolder
 from npti_interp.traits import Trait
 
-__all__ = ["BENCH", "BuildFolder", "Row", "shard_name"]
+__all__ = ["BENCH", "BuildFolder", "Row", "read_rows", "shard_name"]
 
 Row = dict[str, Any]
 
@@ -53,6 +52,23 @@ def _schema(stage: str) -> Any:
     return pa.schema([(name, kinds[kind]) for name, kind in COLUMNS[stage].items()])
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one shard.
+
+    Raises:
+        ArtifactError: not a whole Parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a whole Parquet file: there is no such file")
+    try:
+        rows: list[Row] = pq.ParquetFile(path).read().to_pylist()
+    except Exception as error:  # whatever a damaged file provokes in the parser
+        raise ArtifactError(f"{path} is not a whole Parquet file: {error}") from error
+    return rows
+
+
 class BuildFolder(RunFolder):
     """A `RunFolder` of shards."""
 
@@ -68,10 +84,7 @@ class BuildFolder(RunFolder):
 
     def read(self, stage: str, trait: Trait, number: int) -> list[Row]:
         """The rows of a finished shard."""
-        import pyarrow.parquet as pq
-
-        rows: list[Row] = pq.read_table(self.path / shard_name(stage, trait, number)).to_pylist()
-        return rows
+        return read_rows(self.path / shard_name(stage, trait, number))
 
     def shards(self, stage: str, trait: Trait) -> list[int]:
         """Numbers of the finished shards of a trait."""
@@ -88,20 +101,6 @@ class BuildFolder(RunFolder):
         gone = [name for name in dict.fromkeys(names) if name in self._files]
         if not gone:
             return
-        for name in gone:
-            del self._files[name]
-        write_json(self.path / "manifest.json", {"files": dict(sorted(self._files.items()))})
+        self.release(gone)
         for name in gone:
             (self.path / name).unlink(missing_ok=True)
-
-    def names(self, *starts: str) -> list[str]:
-        """Finished files whose path begins with one of ``starts``."""
-        return [name for name in self._files if name.startswith(starts)]
-
-    def _sweep(self) -> None:
-        super()._sweep()
-        for folder in (self.path / BENCH / "questions", self.path / BENCH / "personas"):
-            if folder.is_dir():
-                for left in folder.iterdir():
-                    if _SCRATCH.fullmatch(left.name):
-                        left.unlink()

@@ -27,7 +27,7 @@ from npti_interp.errors import ArtifactError
 from npti_interp.evaluation._statistics import bootstrap_mean, cluster_bootstrap, friedman_test, holm, pairwise_wilcoxon
 from npti_interp.evaluation.humans._page import SCHEMA, SCHEMA_VERSION
 from npti_interp.evaluation.humans._task import RankingTask
-from npti_interp.runs import write_table
+from npti_interp.runs import at_work_in, write_table
 from npti_interp.traits import TRAITS
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 _HEAD = ("schema", "version", "task", "judge", "started", "exported")
+_LONGEST = 1000 * 86_400 * 366
+"""Milliseconds: no judge looks at one item for more than a year."""
 
 
 def read_judge_file(path: str | Path, task: RankingTask) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def read_judge_file(path: str | Path, task: RankingTask) -> dict[str, Any]:
         raise refuse(f"has version {record.get('version')!r}; this npti_interp reads {SCHEMA_VERSION}")
     if record.get("task") != task.digest:
         raise refuse(f"belongs to task {str(record.get('task'))[:12]}, the key to {task.digest[:12]}")
-    if record.get("judge") not in task.layouts:
+    if not isinstance(record.get("judge"), str) or record["judge"] not in task.layouts:
         raise refuse(f"comes from {record.get('judge')!r}, who is no judge of this task")
     layout = dict(task.layouts[record["judge"]])
     if not isinstance(record.get("items"), list) or not isinstance(record.get("exported"), str):
@@ -90,7 +92,7 @@ def read_judge_file(path: str | Path, task: RankingTask) -> dict[str, Any]:
         if not isinstance(own, dict) or not {"item", "status", "ranks", "ms", "decided"} <= own.keys():
             raise refuse("an item lacks a field")
         item = own["item"]
-        if item not in layout:
+        if not isinstance(item, str) or item not in layout:
             raise refuse(f"item {item!r} is not one that {record['judge']} was given")
         if item in seen:
             raise refuse(f"item {item} is there twice")
@@ -109,7 +111,8 @@ def _check_item(own: Mapping[str, Any], answers: Sequence[str], refuse: Any) -> 
     item, ranks = own["item"], own["ranks"]
     if own["status"] not in ("ranked", "skipped", "open"):
         raise refuse(f"item {item} has status {own['status']!r}")
-    if type(own["ms"]) is not int or own["ms"] < 0 or not (own["decided"] is None or isinstance(own["decided"], str)):
+    usable = type(own["ms"]) is int and 0 <= own["ms"] <= _LONGEST
+    if not usable or not (own["decided"] is None or isinstance(own["decided"], str)):
         raise refuse(f"item {item} has no usable times")
     if not isinstance(ranks, dict) or not set(ranks) <= set(answers):
         raise refuse(f"item {item} ranks an answer that it does not have")
@@ -677,31 +680,34 @@ class HumanReport:
 
         Returns:
             the files.
+
+        Raises:
+            RunFolderError: another process is at work in the folder.
         """
         from npti_interp.figures import save_figure
 
-        base = Path(folder)
         texts = {"summary.md": self.summary()}
-        for name, own in {"table": self.table(), **self.tables}.items():
-            texts[f"{name}.csv"] = own.to_csv(index=False, lineterminator="\n")
-            texts[f"{name}.tex"] = _styled(own, "latex").to_latex(hrules=True)
-            texts[f"{name}.html"] = _styled(own, "html").to_html(table_uuid="npti")
-        written: list[Path] = []
-        for name, text in texts.items():
-            write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
-            written.append(base / name)
-        for name, own in (("judgements.parquet", self.duties), ("ranks.parquet", self.ranks)):
-            write_table(base / name, own)
-            written.append(base / name)
-        settings = {
-            "task": self.task.digest,
-            "seed": self.seed,
-            "n_resamples": self.n_resamples,
-            "pass_share": self.pass_share,
-        }
-        for stem, (figure, data) in self.figures().items():
-            written += save_figure(figure, base / "figures" / stem, data, settings)
-        return written
+        with at_work_in(folder) as base:
+            for name, own in {"table": self.table(), **self.tables}.items():
+                texts[f"{name}.csv"] = own.to_csv(index=False, lineterminator="\n")
+                texts[f"{name}.tex"] = _styled(own, "latex").to_latex(hrules=True)
+                texts[f"{name}.html"] = _styled(own, "html").to_html(table_uuid="npti")
+            written: list[Path] = []
+            for name, text in texts.items():
+                write_atomic(base / name, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
+                written.append(base / name)
+            for name, own in (("judgements.parquet", self.duties), ("ranks.parquet", self.ranks)):
+                write_table(base / name, own)
+                written.append(base / name)
+            settings = {
+                "task": self.task.digest,
+                "seed": self.seed,
+                "n_resamples": self.n_resamples,
+                "pass_share": self.pass_share,
+            }
+            for stem, (figure, data) in self.figures().items():
+                written += save_figure(figure, base / "figures" / stem, data, settings)
+            return written
 
     def _repr_html_(self) -> str:
         return "".join(

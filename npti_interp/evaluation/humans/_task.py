@@ -15,15 +15,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from npti_interp._files import read_json, write_atomic, write_json
+from npti_interp._files import from_fields, read_json, write_atomic, write_json
 from npti_interp.errors import ArtifactError
+from npti_interp.runs import at_work_in
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_pole, as_trait
 
 __all__ = ["RANKING_PRESETS", "TARGETS", "RankedAnswer", "RankingConfig", "RankingItem", "RankingTask", "make_task"]
@@ -228,24 +229,25 @@ class RankingTask:
 
         Raises:
             ArtifactError: the folder holds another task, whose judges may be at work.
+            RunFolderError: another process is at work in the folder.
         """
         from npti_interp.evaluation.humans._page import render_page
 
-        base = Path(folder)
-        key = base / "key.json"
-        if key.is_file() and (there := RankingTask.load(key)).digest != self.digest:
-            raise ArtifactError(
-                f"{base} holds another ranking task ({there.digest[:12]}), and its judges' files would no longer be "
-                "readable; choose another folder"
-            )
-        write_json(key, {**self._content(), "digest": self.digest})
-        written = [key]
-        for judge in self.layouts:
-            text = render_page(self, judge)
-            path = base / "pages" / f"{judge}.html"
-            write_atomic(path, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8", newline="\n"))
-            written.append(path)
-        return written
+        with at_work_in(folder) as base:
+            key = base / "key.json"
+            if key.is_file() and (there := RankingTask.load(key)).digest != self.digest:
+                raise ArtifactError(
+                    f"{base} holds another ranking task ({there.digest[:12]}), and its judges' files would no longer be "
+                    "readable; choose another folder"
+                )
+            write_json(key, {**self._content(), "digest": self.digest})
+            written = [key]
+            for judge in self.layouts:
+                text = render_page(self, judge)
+                path = base / "pages" / f"{judge}.html"
+                write_atomic(path, lambda scratch, text=text: scratch.write_text(text, encoding="utf-8", newline="\n"))
+                written.append(path)
+            return written
 
     @classmethod
     def load(cls, path: str | Path) -> RankingTask:
@@ -262,14 +264,22 @@ class RankingTask:
         if raw.get("version") != _VERSION:
             raise ArtifactError(f"{path} has version {raw.get('version')!r}; this npti_interp reads {_VERSION}")
         try:
+            methods = {"methods": tuple(map(_text, raw["config"].pop("methods")))}
             task = cls(
-                config=RankingConfig(**raw["config"]),
-                methods=tuple(raw["methods"]),
-                items={i["id"]: _item(i) for i in raw["items"]},
-                layouts={j: tuple((i, tuple(order)) for i, order in own) for j, own in raw["layouts"].items()},
-                dropped=raw["dropped"],
-                identical=raw["identical"],
+                config=replace(from_fields(RankingConfig, raw["config"], "its config"), **methods),
+                methods=tuple(map(_text, raw["methods"])),
+                items={_text(i["id"]): _item(i) for i in raw["items"]},
+                layouts={
+                    j: tuple((_text(i), tuple(map(_text, order))) for i, order in own)
+                    for j, own in raw["layouts"].items()
+                },
+                dropped=_count(raw["dropped"]),
+                identical=_count(raw["identical"]),
             )
+            for own in task.layouts.values():
+                for item, order in own:
+                    if sorted(order) != sorted(a.id for a in task.items[item].answers):
+                        raise ValueError(f"a layout of {item} that is not its answers")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is a damaged key: {error!r}") from error
         if task.digest != raw.get("digest"):
@@ -277,10 +287,22 @@ class RankingTask:
         return task
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]!r} is no text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{str(value)[:40]!r} is no number of items")
+    return value
+
+
 def _item(raw: Mapping[str, Any]) -> RankingItem:
-    answers = tuple(RankedAnswer(**a) for a in raw["answers"])
-    trait, pole = as_trait(raw["trait"]), as_pole(raw["pole"])
-    return RankingItem(raw["id"], trait, pole, raw["question_id"], raw["question"], answers)
+    answers = tuple(from_fields(RankedAnswer, a, "an answer") for a in raw["answers"])
+    trait, pole = as_trait(_text(raw["trait"])), as_pole(_text(raw["pole"]))
+    return RankingItem(_text(raw["id"]), trait, pole, _text(raw["question_id"]), _text(raw["question"]), answers)
 
 
 def _sha(value: Any) -> str:

@@ -8,9 +8,12 @@ layout of `Questionnaire.load`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -240,6 +243,11 @@ class Questionnaire:
         if unknown := sorted(set(about) - {"name", "items", "stem", "options", "source", "licence"}):
             raise ValueError(f"{path}: unknown fields {', '.join(unknown)}")
         more = {k: v for k, v in about.items() if k not in ("name", "items")}
+        for field_name, value in more.items():
+            texts = value if isinstance(value, list) and field_name == "options" else [value]
+            if not all(isinstance(text, str) for text in texts) or (field_name == "options") != isinstance(value, list):
+                kind = "a list of texts" if field_name == "options" else "text"
+                raise ValueError(f"{path}: {field_name} must be {kind}, got {str(value)[:80]!r}")
         return cls(str(about["name"]), _items(about["items"], str(path)), **more)
 
     @classmethod
@@ -324,21 +332,63 @@ def _read_sheet(file: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"no file {file}")
     kind = file.suffix.casefold()
     if kind in (".csv", ".tsv", ".txt"):
-        return pd.read_csv(file, sep="," if kind == ".csv" else "\t", dtype=str, keep_default_na=False)
+        try:
+            return pd.read_csv(file, sep="," if kind == ".csv" else "\t", dtype=str, keep_default_na=False)
+        except ValueError as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
     if kind not in (".xls", ".xlsx"):
         raise ValueError(f"cannot read {file}: .xls, .xlsx, .csv or .tsv is wanted")
-    try:
-        return pd.read_excel(file, engine="calamine").astype(object)
-    except ImportError as error:
+    if importlib.util.find_spec("python_calamine") is None:
         raise ImportError(
             f"reading {file.name} needs the package python-calamine: pip install 'npti-interp[questionnaires]'; or "
             "export its sheet as CSV"
-        ) from error
+        )
+    rows = _cells(file)
+    if not rows:
+        raise ValueError(f"cannot read {file}: its first sheet is empty")
+    return pd.DataFrame(rows[1:], columns=pd.Index(rows[0]), dtype=object)
+
+
+_SHEET_BYTES, _SHEET_SECONDS = 1 << 30, 60.0
+_READER = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
+from python_calamine import CalamineWorkbook
+plain = lambda c: int(c) if isinstance(c, float) and c.is_integer() else c if isinstance(c, (str, int, float)) else str(c)
+rows = CalamineWorkbook.from_path(sys.argv[1]).get_sheet_by_index(0).to_python()
+json.dump([[plain(cell) for cell in row] for row in rows], sys.stdout)
+"""
+
+
+def _cells(file: Path) -> list[list[Any]]:
+    """The cells of a workbook's first sheet.
+
+    Read in a process of its own, within 1 GiB and a minute: one cell at the far end of a sheet makes a file of a
+    kilobyte a table of 17 billion cells, and the library that reads it can only abort.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    command = [sys.executable, "-P", "-c", _READER, str(file.resolve()), str(_SHEET_BYTES)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_SHEET_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"cannot read {file}: not done within {_SHEET_SECONDS:g} s; export its sheet as CSV") from None
+    if done.returncode:
+        words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        said = words[-1][:200] if words else f"the reader ended with {done.returncode}"
+        raise ValueError(f"cannot read {file}: {said}; export its sheet as CSV")
+    return json.loads(done.stdout)
 
 
 def _number(cell: Any) -> int | None:
     text = str(cell).strip()
-    return int(float(text)) if text not in ("", "nan", "None") else None
+    if text in ("", "nan", "None"):
+        return None
+    value = float(text)
+    if not 1 <= value < 10_000:
+        raise ValueError(f"{text[:40]!r} is no item's number")
+    return int(value)
 
 
 def _from_row(row: Any, number: str, file: Path) -> Item:
@@ -362,12 +412,21 @@ _KEYS = {"1": 1, "+1": 1, "+": 1, "1.0": 1, "-1": -1, "-": -1, "-1.0": -1, "−1
 def _items(rows: Sequence[Any], where: str) -> tuple[Item, ...]:
     made: list[Item] = []
     for k, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}, item {k}: an object is expected, got {str(row)[:80]!r}")
         if missing := [f for f in _FIELDS if f not in row]:
             raise ValueError(f"{where}, item {k}: {', '.join(missing)} missing; an item has {', '.join(_FIELDS)}")
         key = _KEYS.get(str(row["key"]).strip())
         if key is None:
             raise ValueError(f"{where}, item {k}: key must be 1 or -1, got {row['key']!r}")
         made.append(
-            Item(str(row["id"]).strip(), str(row["text"]).strip(), as_trait(row["domain"]), str(row["facet"]), key, k)
+            Item(
+                str(row["id"]).strip(),
+                str(row["text"]).strip(),
+                as_trait(str(row["domain"])),
+                str(row["facet"]),
+                key,
+                k,
+            )
         )
     return tuple(made)

@@ -45,10 +45,16 @@ class Problem:
     number: Fraction
 
 
+_LONGEST = 1000
+"""Digits of a number: what repeats a digit without end is none (and Python refuses to read it)."""
+
+
 def _numbers(text: str) -> list[Fraction]:
     found: list[Fraction] = []
     for m in _NUMBER.finditer(text):
         whole = re.sub(r"\D", "", m["whole"])
+        if len(m[0]) > _LONGEST:
+            continue
         value = Fraction(whole + (m["decimals"] or "")) / int(m["below"] or 1)
         found.append(-value if m["sign"] else value)
     return found

@@ -37,6 +37,7 @@ from npti_interp.evaluation.retention._conditions import Change, Conditions, nam
 from npti_interp.generation import Progress, Row, by_tokens, require_room
 from npti_interp.interventions import Intervention
 from npti_interp.models import Model
+from npti_interp.models._weights import execution_device
 
 __all__ = [
     "MAX_TOKENS",
@@ -102,7 +103,8 @@ def _fork(cache: Cache, rows: Tensor, length: int) -> Cache:
     own = DynamicCache()
     for index, layer in enumerate(cache.layers):
         keys, values = (cast(Tensor, t) for t in (cast(DynamicLayer, layer).keys, cast(DynamicLayer, layer).values))
-        own.update(keys[rows, :, :length], values[rows, :, :length], index)
+        at = rows.to(keys.device)
+        own.update(keys[at, :, :length], values[at, :, :length], index)
     return own
 
 
@@ -119,7 +121,7 @@ class Continuations:
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
         self._model = model
-        device = next(model.hf_model.parameters()).device
+        device = execution_device(model.hf_model.get_input_embeddings())
         width, room = max(map(len, prompts)), max(map(len, continuations))
         ids, fed = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), room, dtype=torch.long)
         mask = torch.zeros_like(ids)
