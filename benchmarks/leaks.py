@@ -40,6 +40,7 @@ from torch import nn
 from benchmarks.harness import release_heap
 
 MIB = 2**20
+_ENVIRONMENT = frozenset(os.environ)
 _SETTLING = "(garbage collected after the round)"
 CONFIDENCE = 0.95
 _HOOK_TABLES = (
@@ -241,7 +242,7 @@ def settings_now() -> dict[str, str]:
         "matplotlib.rcParams": hashlib.sha256(
             repr(sorted(mpl.rcParams.items(), key=lambda i: i[0])).encode()
         ).hexdigest()[:16],
-        "names of environment variables": " ".join(sorted(os.environ)),
+        "environment variables": f"new {sorted({*os.environ} - _ENVIRONMENT)}, gone {sorted(_ENVIRONMENT - {*os.environ})}",
         "current folder": os.getcwd(),
         "locale": str(locale.getlocale()),
     }
@@ -257,13 +258,21 @@ def census(models: Sequence[nn.Module] = (), folder: Path | None = None) -> Cens
     """
     settle()
     memory, resident = held_memory()
-    types: Counter[str] = Counter()
+    kinds, special = Counter[type](), list[Any]()
+    wanted: dict[type, bool] = {}
+    for thing in gc.get_objects():
+        kind = type(thing)  # never isinstance: lazy proxies answer that by importing something
+        kinds[kind] += 1
+        if kind not in wanted:
+            wanted[kind] = issubclass(kind, torch.Tensor | nn.Module | Figure)
+        if wanted[kind]:
+            special.append(thing)
+    thing = None
     tensors = hooks = modules = figures = 0
     storages: dict[int, int] = {}
     shapes: Counter[str] = Counter()
-    for thing in gc.get_objects():
-        kind = type(thing)  # never isinstance: lazy proxies answer that by importing something
-        types[f"{kind.__module__}.{kind.__qualname__}"] += 1
+    for thing in special:
+        kind = type(thing)
         if issubclass(kind, torch.Tensor):
             tensors += 1
             shapes[f"{kind.__name__}{list(thing.shape)}"] += 1
@@ -273,9 +282,13 @@ def census(models: Sequence[nn.Module] = (), folder: Path | None = None) -> Cens
         elif issubclass(kind, nn.Module):
             modules += 1
             hooks += _hooks_of(thing) if "_forward_hooks" in getattr(thing, "__dict__", ()) else 0
-        elif issubclass(kind, Figure):
+        else:
             figures += 1
-    del thing
+    thing = None
+    special.clear()
+    types = Counter({f"{kind.__module__}.{kind.__qualname__}": n for kind, n in kinds.most_common(80)})
+    objects = kinds.total()
+    kinds.clear()
     pyplot = sys.modules.get("matplotlib.pyplot")
     process = psutil.Process()
     files, mapped, children = _open_files(), _mapped_files(), process.children(recursive=True)
@@ -301,7 +314,7 @@ def census(models: Sequence[nn.Module] = (), folder: Path | None = None) -> Cens
         "half-written files": len(scratch),
         "lines_cached": len(linecache.cache),
         "imported modules": len(sys.modules),
-        "objects": sum(types.values()),
+        "objects": objects,
     }
     names = {
         "hooks on the models": hooked[:10],
@@ -313,7 +326,7 @@ def census(models: Sequence[nn.Module] = (), folder: Path | None = None) -> Cens
         "temporary files": left[:20],
         "half-written files": scratch[:20],
     }
-    return Census(memory, resident, counts, names, settings_now(), dict(types.most_common(80)))
+    return Census(memory, resident, counts, names, settings_now(), dict(types))
 
 
 def digest(value: Any) -> str:

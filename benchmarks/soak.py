@@ -111,6 +111,18 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def _engine(model: npti.Model) -> Any:
+    """The twin that the TransformerLens backend decodes with."""
+    backend: Any = model.backend
+    return backend._model
+
+
+def _nnsight_twin(model: npti.Model) -> Any:
+    """The twin inside nnsight's wrapper."""
+    backend: Any = model.backend
+    return backend.nnsight_model._module
+
+
 class Tripwire:
     """A progress bar that raises when it is advanced."""
 
@@ -203,7 +215,7 @@ class Session:
 
     def models(self) -> list[nn.Module]:
         """Those on which no hook may be left."""
-        return [self.model.hf_model, self.model.backend._model, self.other.hf_model, self.other.backend.nnsight_model._module]  # fmt: skip
+        return [self.model.hf_model, _engine(self.model), self.other.hf_model, _nnsight_twin(self.other)]  # fmt: skip
 
     @property
     def location(self) -> npti.Location:
@@ -235,7 +247,7 @@ class Session:
         self.found = None
         with contextlib.redirect_stderr(io.StringIO()):
             self.found = npti.locate(
-                self.model, self.bench, TRAIT, n_questions=8, n_blocks=4, max_new_tokens=5, threshold="auto"
+                self.model, self.bench, TRAIT, n_questions=4, n_blocks=2, max_new_tokens=5, threshold="auto"
             )
         found = self.found
         shown = len(found._repr_html_())
@@ -260,9 +272,9 @@ class Session:
         """Greedy, drawn, with a system message, edited."""
         chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}]
         made = [
-            self.model.generate([*PROMPTS, chat], max_new_tokens=8),
-            self.model.generate(PROMPTS, max_new_tokens=8, temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=3),
-            self.model.generate(PROMPTS, max_new_tokens=8, intervention=self.edit),
+            self.model.generate([*PROMPTS, chat], max_new_tokens=5),
+            self.model.generate(PROMPTS, max_new_tokens=5, temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=3),
+            self.model.generate(PROMPTS, max_new_tokens=5, intervention=self.edit),
         ]
         return [[a.tokens for a in answers] for answers in made]
 
@@ -282,7 +294,7 @@ class Session:
             npti.FrontSteering({6: self.vectors(sites.d_model)[10][None]}, 2.0),
             npti.stack([self.edit, npti.ResidualSteering(self.vectors(sites.d_model), 1.0)]),
         ]
-        made = npti.generate_sweep(self.model, PROMPTS, edits, max_new_tokens=6, batch_size=5)
+        made = npti.generate_sweep(self.model, PROMPTS, edits, max_new_tokens=4, batch_size=5)
         return [[a.tokens for a in answers] for answers in made]
 
     def replay(self) -> Any:
@@ -303,17 +315,18 @@ class Session:
         return [*found, self.model.read(PROMPTS, at="prompt_end"), self.model.read_positions(["Love", "Hate"])]
 
     def calibrate(self) -> Any:
-        """The likelihood judge, calibrated on what was located."""
+        """The likelihood judge, calibrated on answers that were written for it."""
         judge = npti.LikelihoodJudge(self.model, self.bench, personas_per_pole=1)
-        found = self.location
-        high, low = found.answers[npti.Pole.HIGH], found.answers[npti.Pole.LOW]
-        return str(judge.calibrate(TRAIT, found.questions, high, low))
+        questions = self.bench.questions(TRAIT, "search", 8)
+        high = [f"I would worry {n} nights about it." for n in range(2, 10)]
+        low = [f"I would sleep {n} hours and forget it." for n in range(2, 10)]
+        return str(judge.calibrate(TRAIT, questions, high, low))
 
     def judge(self) -> Any:
         """Ratings by likelihoods and by logits, with an interval."""
         judge = npti.LikelihoodJudge(self.model, self.bench, personas_per_pole=1)
         judge.use_calibration(TRAIT, Calibration(3.0, 0.0, 0.8, 8, 8))
-        answers = self.model.generate([q.text for q in self.questions], max_new_tokens=8, intervention=self.edit)
+        answers = self.model.generate([q.text for q in self.questions], max_new_tokens=5, intervention=self.edit)
         scores = judge.score(self.questions, answers, TRAIT)
         rated = npti.LocalRatingJudge(self.model).score(self.questions, answers, TRAIT)
         mean = npti.bootstrap_mean(scores["rating"].to_numpy())
@@ -358,7 +371,7 @@ class Session:
             with contextlib.redirect_stderr(io.StringIO()):
                 return npti.reproduce(EXPERIMENT, folder, model=self.model, bench=self.bench)
 
-        with struck(self.model.backend._model, 9, interrupt):
+        with struck(_engine(self.model), 9, interrupt):
             refused(KeyboardInterrupt, go)
         result = go()
         again = go()  # nothing left to do: all of it is read back
@@ -376,7 +389,7 @@ class Session:
             scores = judge.score(self.questions, answers, TRAIT)
             again = npti.LLMJudge(client).score(self.questions, answers, TRAIT)
             asked = [npti.ChatRequest(f"Number {k}?", max_tokens=8) for k in range(12)]
-            leaving = client.complete(asked)
+            leaving: Any = client.complete(asked)
             first = next(leaving)
             leaving.close()
             rest = [r.text for r in client.complete(asked)]
@@ -405,7 +418,7 @@ class Session:
             refused(npti.NonFiniteActivationError, lambda: self.other.collect(PROMPTS, intervention=self.huge(), max_new_tokens=3, n_blocks=2)),
             refused(ValueError, lambda: self.other.generate([""])),
         ]  # fmt: skip
-        twin = self.other.backend.nnsight_model._module
+        twin = _nnsight_twin(self.other)
         for work in (
             lambda: self.other.generate(PROMPTS, max_new_tokens=4, intervention=edit),
             lambda: self.other.collect(PROMPTS, answers, n_blocks=2),
@@ -445,7 +458,7 @@ class Session:
         damaged.unlink()
         answers = model.generate(PROMPTS, max_new_tokens=4, intervention=alien)
         for work in self._work(answers):
-            with struck(model.backend._model.model.layers[7], 1, fall):
+            with struck(_engine(model).model.layers[7], 1, fall):
                 shown.append(refused(Planned, work))
         for error in (Planned("in the bar"), KeyboardInterrupt("in the bar")):
             bar = Tripwire(error)
@@ -471,7 +484,7 @@ class Session:
         """Ctrl-C in the middle of every kind of work; the answers afterwards are as before."""
         answers = self.model.generate(PROMPTS, max_new_tokens=4)
         for work in self._work(answers):
-            with struck(self.model.backend._model.model.layers[11], 1, interrupt):
+            with struck(_engine(self.model).model.layers[11], 1, interrupt):
                 refused(KeyboardInterrupt, work)
         after = self.model.generate(PROMPTS, max_new_tokens=4)
         must([a.tokens for a in after] == [a.tokens for a in answers], "answers after an interrupt are others")
@@ -499,12 +512,12 @@ def _used_model(name: str, backend: str, tokens: list[Any]) -> dict[str, weakref
         with torch.no_grad():
             ids = torch.tensor([model.encode(PROMPTS[1])])
             model.bridge.run_with_cache(ids, names_filter=lambda n: n.endswith("hook_resid_post"))
-        with struck(model.backend._model.model.layers[5], 2, fall):
+        with struck(_engine(model).model.layers[5], 2, fall):
             refused(Planned, lambda: model.generate(PROMPTS, max_new_tokens=4))
         with contextlib.suppress(Planned), model.editing(npti.ResidualSteering({3: torch.zeros(model.sites.d_model)})):
             raise Planned
     else:
-        held["nnsight's model"] = model.backend.nnsight_model
+        held["nnsight's twin"] = _nnsight_twin(model)
     return {name: weakref.ref(thing) for name, thing in held.items()}
 
 
@@ -674,7 +687,7 @@ def soak(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").split("\n")[0])
     limits = Limits()
     parser.add_argument("--minutes", type=float, default=120.0, help="how long (at least ten rounds in any case)")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of the record")
