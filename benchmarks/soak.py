@@ -593,7 +593,7 @@ def summary(rounds: Sequence[Round], warm_up: int, found: Verdict | None, about:
             f"{len(rounds)} rounds in {rounds[-1].hours * 60:.1f} minutes, the first {warm_up} of them warm-up. Memory "
             f"{found.slope:+.2f} MiB an hour, {CONFIDENCE:.0%} interval {found.slope_low:+.2f} to {found.slope_high:+.2f} "
             f"(Theil–Sen over {found.rounds} rounds, {found.hours * 60:.1f} minutes), bound {found.bound:.1f}. Largest "
-            f"lasting rise {found.jump:.1f} MiB. The interval takes rounds as independent, which they nearly are.",
+            f"lasting rise {found.jump:.1f} MiB. The interval takes rounds as independent.",
             "",
             *[f"- {finding}" for finding in found.findings],
             "",
