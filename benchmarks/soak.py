@@ -47,8 +47,10 @@ from npti_interp.evaluation import Calibration
 from npti_interp.runs import verify_folder
 
 TRAIT = "Neuroticism"
-WARM_UP = 4
-"""Rounds before which nothing is held against memory or counts."""
+WARM_UP, LONG_WARM_UP = 4, 15
+"""Rounds before which nothing is held against memory or counts; the second in runs of half an hour and more. Alone in a
+loop, the experiment takes a few MiB more until its fourth run (round 9) and booting a bridge until its sixth (round 10);
+then both are level. A short run's bound on growth in all is wide enough for that."""
 MODEL = "smollm2-135m"
 PROMPTS = ("Your flight is late. What goes through your mind?", "Tell me about your weekend.")
 EVERY = {"experiment": 3, "calibrate": 3, "judge": 2, "nnsight": 2, "load_and_drop": 2}
@@ -691,9 +693,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = Limits()
     parser.add_argument("--minutes", type=float, default=120.0, help="how long (at least ten rounds in any case)")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of the record")
-    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="rounds that are not judged")
+    parser.add_argument(
+        "--warm-up", type=int, help=f"rounds that are not judged ({WARM_UP}; from 30 minutes on {LONG_WARM_UP})"
+    )
     parser.add_argument("--mib-per-hour", type=float, default=limits.mib_per_hour, help="bound of the memory's slope")
     args = parser.parse_args(arguments)
+    warm_up: int = args.warm_up if args.warm_up is not None else LONG_WARM_UP if args.minutes >= 30 else WARM_UP
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
@@ -701,7 +706,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it; rounds need it
     try:
         found = soak(
-            args.minutes, args.out, warm_up=args.warm_up, limits=Limits(mib_per_hour=args.mib_per_hour),
+            args.minutes, args.out, warm_up=warm_up, limits=Limits(mib_per_hour=args.mib_per_hour),
             log=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     finally:
