@@ -333,13 +333,13 @@ class DeviceReducer:
         n_layers: of the model.
         n_neurons: of each layer.
         n_blocks: blocks counted apart.
-        begin: called with every new part, before anything is counted in it.
         fused: see `Part`.
+        begin: called with every new part, before anything is counted in it.
     """
 
     def __init__(
-        self, n_layers: int, n_neurons: int, n_blocks: int, begin: Callable[[Part], None],
-        fused: Callable[..., None] | None = None,
+        self, n_layers: int, n_neurons: int, n_blocks: int, fused: Callable[..., None] | None = None,
+        begin: Callable[[Part], None] | None = None,
     ) -> None:  # fmt: skip
         self._shape, self._begin, self._fused = (n_layers, n_neurons, n_blocks), begin, fused
         self._parts: dict[int, Part] = {}  # by layer
@@ -431,7 +431,8 @@ class DeviceReducer:
         part = self._parts.get(run.start)
         if part is None:
             part = Part(run, *self._shape[1:], own[0].device, self._fused)
-            self._begin(part)
+            if self._begin is not None:
+                self._begin(part)
             self._parts |= dict.fromkeys(run, part)
         rows, blocks = self._places(part.device, len(own[0]))
         values = torch.cat([v.to(part.device) for v in own], dim=1)  # [row, stream], still of the model's type

@@ -352,7 +352,7 @@ class ActivationCollector:
         self._seen = np.zeros(layers, np.int64)
         self._tokens = np.zeros(n_blocks, np.int64)
         self._device = DeviceReducer(
-            layers, neurons, n_blocks, self._upload, _fused() if self._way == "triton" else None
+            layers, neurons, n_blocks, _fused() if self._way == "triton" else None, self._upload
         )
         # Triton's interpreter runs on a CPU.
         interpreted = self._way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import npti_interp as npti
 from npti_interp import _device, _sketch
 from npti_interp._device import DeviceReducer, Part
-from npti_interp._sketch import BYTES_PER_STREAM, QuantileSketch
+from npti_interp._sketch import BINS, BYTES_PER_STREAM, NARROW_BINS, QuantileSketch
 from npti_interp.activations import ActivationCollector, ActivationStatistics
 from npti_interp.errors import NonFiniteActivationError
 from npti_interp.generation import Decoding, Row
@@ -324,6 +325,75 @@ def test_both_ways_give_the_same_statistics(dtype: torch.dtype, monkeypatch: pyt
         values[:, np.setdiff1d(np.arange(n_rows), rows)] = math.nan
         steps.append((values, rows, rng.integers(0, 3, len(rows))))
     alike(*both(print_, steps))
+
+
+def test_it_goes_on_from_a_file_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped and resumed anywhere; lists, wide and narrow windows go to the file and back."""
+    monkeypatch.setenv("NPTI_REDUCE", "device")
+    monkeypatch.setattr(_device, "STREAMS", 100)
+    rng = np.random.default_rng(9)
+    print_ = PRINT.__class__("Nothing", 3, 50, 4, 5, "silu", "w", "t", "")
+    scale = rng.lognormal(size=50)
+    steps = [
+        (torch.tensor(silu(scale * rng.normal(-0.8, 1.0, (3, 32, 50))), dtype=torch.float32), np.arange(32), np.arange(32) % 3)
+        for _ in range(60)
+    ]  # fmt: skip
+    for values, _, _ in steps:
+        values[:, :, :9] = 2 + values[:, :, :9] / 1000  # so many in one bin that its window becomes a narrow one
+
+    def run(stops: set[int]) -> bytes:
+        collector = ActivationCollector(print_, 3)
+        for k, (values, rows, blocks) in enumerate(steps):
+            collector.begin(blocks)
+            for layer, own in enumerate(values):
+                collector.add(layer, own, rows, blocks)
+            if k in (1, 6, 30, 45):  # what a run in chunks does; a stop makes no difference to it
+                collector.so_far().save(tmp_path / "so_far.safetensors")
+                if k in stops:
+                    collector = ActivationCollector.resume(ActivationStatistics.load(tmp_path / "so_far.safetensors"))
+        assert collector._device, "it is the device's way that goes on"
+        collector.result({"n": 1}).save(tmp_path / "result.safetensors")
+        return (tmp_path / "result.safetensors").read_bytes()
+
+    whole = run(set())
+    assert {0, NARROW_BINS, BINS} <= {int(w) for k in (1, 6, 30) for w in widths(print_, steps[: k + 1])}
+    assert all(run({k}) == whole for k in (1, 6, 30, 45))
+    assert run({1, 6, 30, 45}) == whole
+    host = both(print_, steps)[0]
+    made = ActivationStatistics.load(tmp_path / "result.safetensors")
+    assert np.array_equal(made.active_count, host.active_count)
+    assert np.allclose(made.p95, host.p95, rtol=0.021, equal_nan=True)
+
+
+def widths(print_: Any, steps: list[tuple[Any, Any, Any]]) -> npt.NDArray[np.uint8]:
+    """Of the windows after these steps."""
+    sketch = both(print_, steps)[1]._sketch
+    assert isinstance(sketch, QuantileSketch)
+    return sketch.width
+
+
+def test_windows_of_a_pilot_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a pilot begins with its windows, on a device as on the host."""
+    rng = np.random.default_rng(10)
+    print_ = PRINT.__class__("Nothing", 2, 40, 4, 5, "silu", "w", "t", "")
+    found: list[tuple[Any, Any]] = []
+    for way in ("host", "device"):
+        monkeypatch.setenv("NPTI_REDUCE", way)
+        collector = ActivationCollector(print_, 2)
+        for _ in range(2):
+            for _ in range(12):
+                values = torch.tensor(silu(rng.normal(size=(2, 32, 40))), dtype=torch.float32)
+                collector.begin(np.arange(32) % 2)
+                for layer, own in enumerate(values):
+                    collector.add(layer, own, np.arange(32), np.arange(32) % 2)
+            sketch = collector.so_far()._sketch
+            assert isinstance(sketch, QuantileSketch)
+            found.append((sketch.base.copy(), sketch.width.copy()))
+            collector = collector.emptied()
+        (base, width), (after, still) = found[-2:]
+        wide = (width == BINS) & (still == BINS)
+        assert wide.mean() > 0.5
+        assert np.array_equal(base[wide], after[wide])
 
 
 def test_layers_that_come_singly_or_not_at_all() -> None:
