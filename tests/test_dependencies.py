@@ -248,6 +248,7 @@ def test_undeclared_imports_are_found() -> None:
 
 NOT_IMPORTED = {
     "einops": "the tensor notation of TransformerLens's own functions, which users of `Model.bridge` write",
+    "seaborn": "what users draw results' tidy tables with, in their own notebooks",
 }
 """Direct dependencies that no module imports, and why they are there."""
 
