@@ -132,7 +132,8 @@ def test_sampling_and_penalty(spread: Model, llama: Tiny) -> None:
         ]
 
 
-def test_statistics(spread: Model, llama: Tiny) -> None:
+def test_statistics(spread: Model, llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPTI_REDUCE", "host")  # the devices are none on which anything could be computed
     want, answers = llama.model.collect(llama.texts, max_new_tokens=N_NEW, n_blocks=3)
     edit = llama.pair().edit("high")
     for given, intervention in ((None, None), (answers, None), (answers, edit)):

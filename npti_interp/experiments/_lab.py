@@ -278,7 +278,7 @@ def finished_run(folder: Path, experiment: str, what_to_do: str) -> dict[str, An
         raise ArtifactError(
             f"{folder} holds {f'a run of {found}' if found else 'no run of an experiment'}, not of {experiment}"
         )
-    read_config(folder, "bench", "settings")
+    read_config(folder, "settings")
     if not (folder / "summary.md").is_file():
         raise FileNotFoundError(f"{folder} holds no finished run; {what_to_do}")
     verify_folder(folder, finished="summary.md")
@@ -399,6 +399,7 @@ class Lab:
         """
         folder = Path(run)
         about = finished_run(folder, "reproduce", f"`npti reproduce --out {folder}` makes or continues one")
+        read_config(folder, "bench")
         settings = about["settings"]
         if missing := [k for k in ("model", "traits", "personas_per_pole") if k not in settings]:
             raise ArtifactError(f"{folder / 'config.json'} lacks the settings {', '.join(missing)}")

@@ -33,6 +33,7 @@ from npti_interp.experiments._lab import Condition, answer_rows
 from npti_interp.experiments._search_plan import SearchPlan
 from npti_interp.generation import Answer, Progress
 from npti_interp.models import Model
+from npti_interp.neurons import beyond
 from npti_interp.prompts import eliciting_personas
 from npti_interp.runs import RunFolder
 from npti_interp.traits import POLES, Pole, Trait
@@ -267,7 +268,7 @@ def wanted_neurons(
 ) -> npt.NDArray[np.bool_]:
     """The neurons of one pole beyond ``threshold``, ``bool [layer, neuron]``: those whose a95 will be asked for."""
     high, low = (statistics[p].probability for p in POLES)
-    return pole.sign * (high - low) > threshold
+    return beyond(pole.sign * (high - low), threshold)
 
 
 def know_percentiles_in(

@@ -42,7 +42,7 @@ from npti_interp.experiments._paired import edit_condition, preset, random_draws
 from npti_interp.figures._stability import plot_stability
 from npti_interp.generation import Answer
 from npti_interp.models import Prompt
-from npti_interp.neurons import NeuronSet
+from npti_interp.neurons import NeuronSet, beyond
 from npti_interp.prompts import persona_prompt
 from npti_interp.runs import read_table, write_table
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
@@ -157,7 +157,7 @@ def _masks(delta: Floats, rule: Mapping[str, Any]) -> Masks:
         if rule["name"] == "top_k":
             chosen[pole] = _strongest(toward, rule["k"])
             continue
-        mask = toward > rule["threshold"]
+        mask = beyond(toward, rule["threshold"])
         floor = rule.get("floor")
         chosen[pole] = _strongest(toward, floor) if floor and int(mask.sum()) < floor else mask
     return chosen

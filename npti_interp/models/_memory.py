@@ -663,7 +663,8 @@ def read_config(name: str | Path, revision: str | None = None, *, cache_only: bo
         source, cache_only = str(embedded_checkpoint(text)), True
     else:
         source = str(path) if path.is_dir() else text
-    config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=cache_only or path.is_dir())
+    local = cache_only or path.is_dir()
+    config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local, trust_remote_code=False)
     require_supported(config.model_type)
     return config
 
