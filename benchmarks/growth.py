@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import npti_interp as npti
-from benchmarks.harness import Section, Setting, clock, exponent, load, peak_memory
+from benchmarks.harness import Section, Setting, exponent, load, timed_peak
 from benchmarks.sweep import layer_edits
 
 
@@ -69,8 +69,9 @@ def run(setting: Setting) -> Section:
     )
     for name, (sizes, work) in grown.items():
         work(sizes[0])
-        seconds = [min(clock(lambda n=n, w=work: w(n)) for _ in range(max(1, setting.repeats - 1))) for n in sizes]
-        peaks = [max(peak_memory(lambda n=n, w=work: w(n)), 2**12) / 2**20 for n in sizes]
+        runs = [[timed_peak(lambda n=n, w=work: w(n)) for _ in range(max(1, setting.repeats - 1))] for n in sizes]
+        seconds = [min(own for own, _ in repeats) for repeats in runs]
+        peaks = [max(2**12, *(own for _, own in repeats)) / 2**20 for repeats in runs]
         time, memory = exponent(sizes, seconds), exponent(sizes, peaks)
         section.rows.append(
             [

@@ -156,6 +156,21 @@ def measure(ways: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: 
     return {name: Timing(own) for name, own in seconds.items()}
 
 
+def timed_peak(work: Callable[[], object]) -> tuple[float, int]:
+    """Seconds, and `peak_memory`, of one and the same run."""
+    seconds: list[float] = []
+
+    def watched() -> object:
+        start = time.perf_counter()
+        kept = work()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        return kept
+
+    peak = peak_memory(watched)
+    return seconds[0], peak
+
+
 def peak_memory(work: Callable[[], object]) -> int:
     """Most bytes beyond what was there before that ``work`` holds at once: on a GPU exactly, on a CPU sampled each ms."""
     gc.collect()

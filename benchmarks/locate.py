@@ -107,7 +107,7 @@ def run(setting: Setting) -> Section:
     prompts = [p for pole in npti.POLES for p in persona_prompts(bench, trait, pole, questions)]
 
     def ours(used: npti.Model = model) -> npti.Location:
-        return npti.locate(used, bench, trait, n_questions=n, max_new_tokens=tokens, batch_size=64, progress=False)
+        return npti.locate(used, bench, trait, n_questions=n, max_new_tokens=tokens, progress=False)
 
     plain = copy.copy(model)  # the same weights, its products by the default library
     with patch.object(_kernels, "linear_kernel", lambda: "default"):
@@ -132,7 +132,7 @@ def run(setting: Setting) -> Section:
     }
     if _kernels.linear_kernel() == "onednn" and setting.device == "cpu":
         ways["without the faster products"] = lambda: ours(plain)
-    times = measure(ways, setting.repeats, warm_up=False)
+    times = measure(ways, max(1, setting.repeats - 1), warm_up=False)
     section = Section(
         f"Locating one trait: 2 poles × {n} questions × {tokens} tokens",
         ["way", "seconds", "speed relative to the loop (range)", "time relative to npti.locate", "spread"],

@@ -11,7 +11,7 @@ import torch
 
 import npti_interp as npti
 from benchmarks.decode import hf_generate, left_padded
-from benchmarks.harness import Section, Setting, clock, exponent, load, measure, peak_memory
+from benchmarks.harness import Section, Setting, exponent, load, measure, timed_peak
 from npti_interp.generation import Decoding, Row
 
 
@@ -46,7 +46,7 @@ def loop(
 
 def run(setting: Setting) -> Section:
     model = load(setting)
-    n, tokens, compared = setting.sized(24, 3), setting.sized(56, 5), setting.sized(32, 4)
+    n, tokens, compared = setting.sized(12, 3), setting.sized(28, 5), setting.sized(32, 4)
     counts = setting.sized(64, 4)
     sizes = [c for c in (1, 2, 4, 8, 16, 32, 64) if c <= counts]
     prompts = [q.text for q in npti.PersonalityBench.embedded().questions("N", "search", n)]
@@ -65,8 +65,8 @@ def run(setting: Setting) -> Section:
     )
     growth: list[dict[str, float]] = []
     for c in sizes:
-        seconds = clock(lambda c=c: model.generate_sweep(prompts, edits[:c], max_new_tokens=tokens))
-        peak = peak_memory(lambda c=c: model.generate_sweep(prompts, edits[:c], max_new_tokens=tokens)) / 2**20
+        seconds, peak = timed_peak(lambda c=c: model.generate_sweep(prompts, edits[:c], max_new_tokens=tokens))
+        peak /= 2**20
         growth.append({"conditions": c, "seconds": seconds, "peak_mib": peak})
         section.rows.append([c, seconds, seconds / c, c * n / seconds, peak])
     power = exponent([g["conditions"] for g in growth], [g["seconds"] for g in growth])
