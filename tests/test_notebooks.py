@@ -46,7 +46,18 @@ def on_a_run(script):
     return 'run = "' in script.read_text()
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if not on_a_run(s)], ids=lambda p: p.stem)
+LONG = ("01_personalitybench", "03_induce")
+"""They take a minute each, so they run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(s, id=s.stem, marks=[pytest.mark.slow] if s.stem in LONG else [])
+        for s in SCRIPTS
+        if not on_a_run(s)
+    ],
+)
 def test_it_runs(script):
     small = {"n_search": 16, "n_test": 4, "n_tokens": 12}
     execute(script, {k: v for k, v in small.items() if k in script.read_text()})
