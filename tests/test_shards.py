@@ -879,21 +879,21 @@ def command(*arguments: str, ok: bool = True) -> str:
 
 @pytest.mark.slow
 def test_locate_merge_and_inspect(tmp_path: Path) -> None:
-    asked = ("locate", "N", "--questions", "8", "--max-new-tokens", "6", "--chunk", "2", "--threshold", "auto")
+    asked = ("locate", "N", "--questions", "32", "--max-new-tokens", "3", "--chunk", "8", "--threshold", "auto")
     for k in (1, 2):
         text = command(*asked, "--run", str(tmp_path / f"{k}"), "--shard", f"{k}/2")
-        assert f"{k}/2: 4 questions" in text and "npti merge" in text
+        assert f"{k}/2: 16 questions" in text and "npti merge" in text
     text = command("merge", str(tmp_path / "2"), str(tmp_path / "1"), "--out", str(tmp_path / "m"))
-    assert "high:" in text and "answers to 8 questions" in text
+    assert "high:" in text and "answers to 32 questions" in text
     assert command("inspect", str(tmp_path / "m")) == text
-    assert "1/2: 4 questions" in command("inspect", str(tmp_path / "1"))
+    assert "1/2: 16 questions" in command("inspect", str(tmp_path / "1"))
     whole = command(*asked, "--run", str(tmp_path / "w"), "--out", str(tmp_path / "n.safetensors"))
     assert whole.splitlines()[0] == text.splitlines()[0], "the same neurons"
     assert npti.NeuronSet.load(tmp_path / "n.safetensors").digest == npti.Location.load(tmp_path / "w").neurons.digest
     error = command("merge", str(tmp_path / "1"), "--out", str(tmp_path / "p"), ok=False)
     assert error.startswith("npti: 1 of 2 shards are missing: 2/2")
     text = command("merge", str(tmp_path / "1"), "--out", str(tmp_path / "p"), "--partial")
-    assert "answers to 4 questions" in text
+    assert "answers to 16 questions" in text
 
 
 @pytest.mark.parametrize(
