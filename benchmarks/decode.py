@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import npti_interp as npti
-from benchmarks.harness import Section, Setting, Timing, load, measure, peak_memory
+from benchmarks.harness import Section, Setting, load, measure, peak_memory
 from npti_interp.generation import Answer
 
 
@@ -88,6 +88,3 @@ def run(setting: Setting) -> Section:
         "peak_mib": memory,
     }  # fmt: skip
     return section
-
-
-__all__ = ["Timing", "hf_generate", "left_padded", "run", "some_edit"]

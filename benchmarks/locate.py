@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria
 
 import npti_interp as npti
 from benchmarks.decode import left_padded
@@ -31,7 +32,7 @@ def straightforward(model: npti.Model, prompts: list[Any], tokens: int) -> tuple
     f, stop = model.fingerprint, set(model._stop_tokens())
     device = model.hf_model.get_input_embeddings().weight.device
     counts = torch.zeros(f.n_layers, f.d_mlp, dtype=torch.int64, device=device)
-    total = 0
+    total = limit = 0
     going: torch.Tensor | None = None
 
     def hook(layer: int) -> Callable[..., None]:
@@ -41,14 +42,14 @@ def straightforward(model: npti.Model, prompts: list[Any], tokens: int) -> tuple
 
         return count
 
-    class Watch(npti_stopping()):  # type: ignore[misc]
+    class Watch(StoppingCriteria):
         """Knows which rows are still being generated: what ended is fed padding, and must not count."""
 
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             nonlocal going, total
             ended = torch.tensor([t in stop for t in ids[:, -1].tolist()], device=ids.device)
             going = ~ended if going is None else going & ~ended
-            if ids.shape[1] < self.limit:
+            if ids.shape[1] < limit:
                 total += int(going.sum())
             return ~going
 
@@ -59,23 +60,15 @@ def straightforward(model: npti.Model, prompts: list[Any], tokens: int) -> tuple
     try:
         for start in range(0, len(prompts), BATCH):
             ids, mask = left_padded(model, prompts[start : start + BATCH])
-            going, watch = None, Watch()
-            watch.limit = ids.shape[1] + tokens
+            going, limit = None, ids.shape[1] + tokens
             with torch.no_grad():
                 model.hf_model.generate(
-                    ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, stopping_criteria=[watch]
+                    ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, stopping_criteria=[Watch()]
                 )
     finally:
         for handle in handles:
             handle.remove()
     return counts.cpu().numpy(), total
-
-
-def npti_stopping() -> Any:
-    """The library's base class of stopping criteria."""
-    from transformers import StoppingCriteria
-
-    return StoppingCriteria
 
 
 class _Growing(generation._BufferLayer):
