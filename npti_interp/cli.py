@@ -161,6 +161,7 @@ def locate(
     from npti_interp.experiments import LocationShard
     from npti_interp.experiments import locate as work
     from npti_interp.experiments._search_plan import as_shard
+    from npti_interp.runs import require_usable
     from npti_interp.traits import as_trait
 
     wanted = as_trait(trait)  # before the model is loaded
@@ -170,6 +171,8 @@ def locate(
         raise ValueError("--shard needs --run: the run folder from which it is merged")
     if part is not None and out is not None:
         raise ValueError("a shard has no neurons to write to --out: they are chosen on all shards by `npti merge`")
+    if run is not None:
+        require_usable(run)  # before the model is loaded
     loaded, questions_of = _load(model, dtype, device, backend, remote), _bench(bench)
     settings: dict[str, Any] = {
         "threshold": limit, "n_questions": questions, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
