@@ -94,9 +94,9 @@ class Timed:
         self._timed("check", ())
 
     def _timed(self, name: str, args: tuple[Any, ...]) -> None:
-        start = time.process_time()
+        start = time.perf_counter()
         getattr(self._of, name)(*args)
-        self.seconds += time.process_time() - start
+        self.seconds += time.perf_counter() - start
 
 
 class Kept:
@@ -253,13 +253,13 @@ def kernels(setting: harness.Setting, section: harness.Section) -> None:
             for name, make in makers.items():
                 collector = make()
                 synchronize()
-                start = time.process_time() if setting.device == "cpu" else time.perf_counter()
+                start = time.perf_counter()
                 for own in values:
                     collector.begin(blocks)
                     collector.add(0, own, rows, blocks)
                 collector.check()
                 synchronize()
-                end = time.process_time() if setting.device == "cpu" else time.perf_counter()
+                end = time.perf_counter()
                 if repeat:
                     seconds[name].append(end - start)
         per_value = {name: least(own) / values.numel() * 1e9 for name, own in seconds.items()}

@@ -24,6 +24,9 @@ from typing import Any, Self
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from npti_interp._files import require_array
 from npti_interp.errors import ArtifactError
@@ -40,10 +43,12 @@ BYTES_PER_STREAM = BINS + 2 + 1 + 4
 _LIST = 0  # a width of no window
 _LOST = 32_000  # a window position above every value
 _ZERO, _UNKNOWN = -32_768, 32_767
-_TILE, _TILE_ROWS = 128, 32
+_TILE, _TILE_ROWS, _AHEAD = 256, 32, 6
 # log2 within an octave by a cubic whose slope is least, 10/7, at the octave's start: there the bins are widest.
 _A, _B, _C = np.float32(6 / 35), np.float32(-3 / 5), np.float32(10 / 7)
 _PER_OCTAVE = np.float32(1.002 * 0.7 / math.log((1 + ALPHA) / (1 - ALPHA)))
+_PLACES = np.empty(32, np.uint8)
+_PLACES[[(0x077CB531 << k & 0xFFFFFFFF) >> 27 for k in range(32)]] = np.arange(32)
 _MANTISSA = np.float32(2.0**-23)
 
 Floats = npt.NDArray[np.float32]
@@ -77,6 +82,28 @@ def representatives(codes: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return 2.0 * low * high / (low + high)  # equal relative error at both edges
 
 
+def _fetching(_: Any, bins: Any, row: Any) -> Any:
+    """Ask for a row of ``bins`` that is needed soon, without waiting: most of the time would go into waiting for it."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        )
+        start = builder.mul(arguments[1], ir.Constant(arguments[1].type, BINS))
+        for line in range(0, BINS, 64):
+            place = builder.add(start, ir.Constant(start.type, line))
+            address = builder.gep(builder.bitcast(array.data, byte), [place])
+            builder.call(prefetch, [address, word(1), word(3), word(1)])  # to be written, to be kept, data
+        return context.get_dummy_value()
+
+    return types.void(bins, types.int64), code
+
+
+_fetch: Any = intrinsic(_fetching)
+
+
 @jit
 def _start(upper: int, middle: int, lower: int, size: int) -> Any:
     """Where a window of ``size`` bins starts, for a percentile now at ``middle``, sure to lie in lower … upper."""
@@ -85,48 +112,58 @@ def _start(upper: int, middle: int, lower: int, size: int) -> Any:
 
 
 @jit
-def _place(codes: Any, n: int) -> Any:
-    """Where the first window starts, from the sorted bins of all positive values among ``n``."""
-    last = codes.shape[0] - 1
-    rank = 0.05 * n
-    noise = 3.0 * math.sqrt(rank)
-    upper = codes[last - min(last, max(0, int(rank - noise)))]
-    if rank + noise > last:  # the percentile may turn out as small as positive values get
-        return upper + 60 - BINS
-    return _start(upper, codes[last - int(rank)], codes[last - int(rank + noise)], BINS)
-
-
-@jit
-def _sorted(codes: Any) -> Any:
-    """By counting, as a list's bins seldom span more than a few hundred: several times faster than `np.sort`."""
-    low, high = codes[0], codes[0]
-    for code in codes:
-        low, high = min(low, code), max(high, code)
-    if high - low >= 2048:
-        return np.sort(codes)
-    counts = np.zeros(high - low + 1, np.uint8)
-    for code in codes:
-        counts[code - low] += 1
-    ordered, k = np.empty_like(codes), 0
-    for j in range(counts.shape[0]):
-        for _ in range(counts[j]):
-            ordered[k] = low + j
-            k += 1
-    return ordered
+def _place(upper: int, middle: int, lower: int, all_known: bool) -> Any:
+    """Where the first window starts; ``all_known`` if the percentile cannot turn out as small as values get."""
+    return _start(upper, middle, lower, BINS) if all_known else upper + 60 - BINS
 
 
 @jit
 def _open(i: int, codes: Any, n: int, b8: Any, base: Any, width: Any, over: Any) -> None:
-    """Turn a stream's list into a window; its values are at most 240 in number, so that no counter overflows."""
-    codes = _sorted(codes)
-    b8[i] = 0
-    base[i], width[i], over[i] = _place(codes, n), BINS, 0
+    """Turn a stream's list, copied to ``codes``, into a window; ``n`` values were seen, the non-positive ones included.
+
+    The list has at most 240 entries, so that no counter overflows.
+    """
+    last = codes.shape[0] - 1
+    rank = 0.05 * n
+    noise = 3.0 * math.sqrt(rank)
+    # How many are above the percentile, at least, about and at most.
+    few, some, many = min(last, max(0, int(rank - noise))), int(rank), int(rank + noise)
+    all_known = rank + noise <= last
+    low, high = codes[0], codes[0]
     for code in codes:
-        offset = code - base[i]
-        if offset >= BINS:
-            over[i] += 1
-        elif offset >= 0:
-            b8[i, offset] += 1
+        low, high = min(low, code), max(high, code)
+    b8[i] = 0
+    width[i], over[i] = BINS, 0
+    if high - low >= 2048:  # hardly ever: values that differ by more than 1 : 10¹⁷
+        ordered = np.sort(codes)
+        middle, lower = (ordered[last - some], ordered[last - many]) if all_known else (low, low)
+        base[i] = _place(ordered[last - few], middle, lower, all_known)
+        for code in codes:
+            offset = code - base[i]
+            if offset >= BINS:
+                over[i] += 1
+            elif offset >= 0:
+                b8[i, offset] += 1
+        return
+    span = high - low + 1
+    counts = np.zeros(span, np.uint8)
+    for code in codes:
+        counts[code - low] += 1
+    upper, middle, lower = low, low, low
+    above, j = 0, span
+    enough = many if all_known else few
+    while above <= enough:
+        j -= 1
+        upper = low + j if above <= few else upper
+        middle = low + j if above <= some else middle
+        lower = low + j
+        above += counts[j]
+    start = _place(upper, middle, lower, all_known) - low
+    base[i] = start + low
+    for j in range(max(0, start), min(span, start + BINS)):
+        b8[i, j - start] = counts[j]
+    for j in range(max(0, start + BINS), span):
+        over[i] += counts[j]
 
 
 @jit
@@ -185,8 +222,12 @@ def _note(i: int, code: int, n: int, b8: Any, b16: Any, b32: Any, base: Any, wid
 
 
 @jit
-def _tile_codes(bits: Any, rows: Any, start: int, stop: int, codes: Any) -> None:
-    """Bins of the values of neurons ``start … stop``, ``[row, neuron]``; `_ZERO` where a value is not positive."""
+def _tile_codes(bits: Any, rows: Any, start: int, stop: int, least: Any, codes: Any, matters: Any) -> None:
+    """Bins of the values of neurons ``start … stop``, ``[row, neuron]``; of values that are not positive, anything.
+
+    ``matters`` gets a bit a row for each neuron: whether the value is positive and its bin is at least ``least``.
+    """
+    matters[: stop - start] = 0
     for k in range(rows.shape[0]):
         own, c = bits[rows[k], start:stop], codes[k]
         for j in range(stop - start):  # no branch, and all in 32 bits: eight at a time and more
@@ -196,68 +237,73 @@ def _tile_codes(bits: Any, rows: Any, start: int, stop: int, codes: Any) -> None
             place = (np.float32(np.int32(np.int32(b >> np.int32(23)) - np.int32(127))) + cubic) * _PER_OCTAVE
             whole = np.int32(place)
             code = np.int32(whole - np.int32(place < np.float32(whole)))
-            c[j] = code if b > np.int32(0) else np.int32(_ZERO)
+            c[j] = code
+            matters[j] |= np.uint32((b > np.int32(0)) & (code >= least[j])) << np.uint32(k)
 
 
 @jit
-def _sketch_rows(
-    bits: Any, rows: Any, seen: int, b8: Any, b16: Any, b32: Any, base: Any, width: Any, over: Any
-) -> None:
-    n, fresh = bits.shape[1], rows.shape[0]
-    codes = np.empty((_TILE_ROWS, _TILE), np.int32)
-    own = np.empty(_TILE_ROWS, np.int32)
-    for start in range(0, n, _TILE):  # few neurons at a time: their counters stay in the processor's cache
-        stop = min(start + _TILE, n)
-        for first in range(0, fresh, _TILE_ROWS):
-            m = min(_TILE_ROWS, fresh - first)
-            _tile_codes(bits, rows[first : first + m], start, stop, codes)
-            for i in range(start, stop):
-                j, size = i - start, np.int32(width[i])
-                # Which values matter is as good as random: they are picked out without a branch.
-                least = np.int32(base[i] if size != _LIST else _ZERO + 1)
-                taken = 0
-                for k in range(m):
-                    code = codes[k, j]
-                    own[taken] = code
-                    taken += code >= least
-                done, above = 0, 0
-                if size > NARROW_BINS:
-                    counters = b8[i]
-                    while done < taken:
-                        offset = np.uint32(own[done] - least)
-                        if offset >= size:
-                            above += 1
-                        else:
-                            count = counters[offset]
-                            if count == 255:
-                                break
-                            counters[offset] = count + 1
-                        done += 1
-                    over[i] += above
-                elif size == _LIST:
-                    done = max(0, min(taken, LISTED - over[i]))
-                    for k in range(done):
-                        b16[i, over[i] + k] = own[k]
-                    over[i] += done
-                else:
-                    large = b32[i]
-                    for done in range(taken):
-                        offset = np.uint32(own[done] - least)
-                        if offset >= size:
-                            above += 1
-                        else:
-                            large[offset] += 1
-                    done = taken
-                    over[i] += above
-                if done < taken:  # a full list or counter: from here on one by one
-                    k = -1
-                    for _ in range(done + 1):
-                        k += 1
-                        while codes[k, j] < least:
-                            k += 1
-                    for row in range(k, m):
-                        if codes[row, j] >= least:
-                            _note(i, codes[row, j], seen + first + row + 1, b8, b16, b32, base, width, over)
+def _lowest(bits: int) -> Any:
+    """Number of the lowest bit that is set (a de Bruijn sequence: every five of its bits are different)."""
+    own = np.uint32(bits & -np.int64(bits))
+    return _PLACES[np.uint32(own * np.uint32(0x077CB531)) >> np.uint32(27)]
+
+
+@jit
+def _sketch_tile(
+    bits: Any, rows: Any, start: int, stop: int, seen: int, codes: Any, least: Any, matters: Any,
+    b8: Any, b16: Any, b32: Any, base: Any, width: Any, over: Any,
+) -> None:  # fmt: skip
+    """Take at most 32 rows of some neurons into their streams; ``seen`` values were taken in before."""
+    one = np.uint32(1)
+    for i in range(start, stop):
+        least[i - start] = base[i] if width[i] != _LIST else -_LOST
+    _tile_codes(bits, rows, start, stop, least, codes, matters)
+    for i in range(start, stop):
+        j = i - start
+        if i + _AHEAD < stop:
+            _fetch(b8, i + _AHEAD)
+        left = matters[j]
+        while left:
+            size, first, above = np.int32(width[i]), np.int32(base[i]), 0
+            if size > NARROW_BINS:
+                counters = b8[i]
+                while left:
+                    offset = np.uint32(codes[_lowest(left), j] - first)
+                    if offset >= size:
+                        above += 1
+                    else:
+                        count = counters[offset]
+                        if count == 255:
+                            break
+                        counters[offset] = count + 1
+                    left = np.uint32(left & (left - one))
+                over[i] += above
+            elif size == _LIST:
+                held = over[i]
+                while left and held < LISTED:
+                    b16[i, held] = codes[_lowest(left), j]
+                    held += 1
+                    left = np.uint32(left & (left - one))
+                over[i] = held
+            else:
+                large = b32[i]
+                while left:
+                    offset = np.uint32(codes[_lowest(left), j] - first)
+                    if offset >= size:
+                        above += 1
+                    else:
+                        large[offset] += 1
+                    left = np.uint32(left & (left - one))
+                over[i] += above
+            if left:  # a full list or counter: the stream changes, and with it what matters
+                k = _lowest(left)
+                _note(i, codes[k, j], seen + k + 1, b8, b16, b32, base, width, over)
+                left = np.uint32(left & (left - one))
+                later = left
+                while later:
+                    if codes[_lowest(later), j] < base[i]:
+                        left = np.uint32(left & ~(one << np.uint32(_lowest(later))))
+                    later = np.uint32(later & (later - one))
 
 
 @jit
@@ -335,36 +381,64 @@ def _descending(
 
 
 @jit_sums
-def _moments(values: Any, rows: Any, blocks: Any, counts: Any, mean: Any, m2: Any, seen: int) -> bool:
-    n, fresh = values.shape[1], rows.shape[0]
-    total = np.zeros(n, np.float32)
+def _tile_moments(
+    values: Any, rows: Any, blocks: Any, counts: Any, mean: Any, m2: Any, seen: int, start: int, stop: int,
+    total: Any, square: Any,
+) -> bool:  # fmt: skip
+    n, fresh = stop - start, rows.shape[0]
+    total[:n] = 0
     for k in range(fresh):
-        v = values[rows[k]]
-        count = counts[blocks[k]]
+        v, count = values[rows[k], start:stop], counts[blocks[k], start:stop]
         for i in range(n):
             total[i] += v[i]
             count[i] += v[i] > 0
     for i in range(n):
         total[i] /= fresh
-    if not np.isfinite(total).all():
+    if not np.isfinite(total[:n]).all():
         return False
-    square = np.zeros(n, np.float32)
+    square[:n] = 0
     for k in range(fresh):
-        v = values[rows[k]]
+        v = values[rows[k], start:stop]
         for i in range(n):
             d = v[i] - total[i]
             square[i] += d * d
     share = fresh / (seen + fresh)
     for i in range(n):
-        step = total[i] - mean[i]
-        m2[i] += square[i] + step * step * seen * share
-        mean[i] += step * share
+        step = total[i] - mean[start + i]
+        m2[start + i] += square[i] + step * step * seen * share
+        mean[start + i] += step * share
+    return True
+
+
+@jit
+def _accumulate(
+    values: Any, rows: Any, blocks: Any, counts: Any, mean: Any, m2: Any, seen: int,
+    bins: Any, base: Any, width: Any, over: Any, first_stream: int,
+) -> bool:  # fmt: skip
+    n, fresh = values.shape[1], rows.shape[0]
+    bits = values.view(np.int32)
+    b8 = bins[first_stream : first_stream + n]  # sliced here, where it costs nothing
+    b16, b32 = b8.view(np.int16), b8.view(np.uint32)
+    base, width = base[first_stream : first_stream + n], width[first_stream : first_stream + n]
+    over = over[first_stream : first_stream + n]
+    total, square = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    codes, least = np.empty((_TILE_ROWS, _TILE), np.int32), np.empty(_TILE, np.int32)
+    matters = np.empty(_TILE, np.uint32)
+    for start in range(0, n, _TILE):  # few neurons at a time: values and counters stay in the processor's cache
+        stop = min(start + _TILE, n)
+        if not _tile_moments(values, rows, blocks, counts, mean, m2, seen, start, stop, total, square):
+            return False
+        for first in range(0, fresh, _TILE_ROWS):
+            some = rows[first : first + _TILE_ROWS]
+            _sketch_tile(
+                bits, some, start, stop, seen + first, codes, least, matters, b8, b16, b32, base, width, over
+            )  # fmt: skip
     return True
 
 
 def accumulate(
     values: Floats, rows: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64], counts: npt.NDArray[np.int32],
-    mean: npt.NDArray[np.float64], m2: npt.NDArray[np.float64], seen: int, sketch: QuantileSketch, start: int, stop: int,
+    mean: npt.NDArray[np.float64], m2: npt.NDArray[np.float64], seen: int, sketch: QuantileSketch, start: int,
 ) -> bool:  # fmt: skip
     """Take one layer's values into its counts, moments and sketch, in place.
 
@@ -376,19 +450,17 @@ def accumulate(
         mean: ``[neuron]``.
         m2: ``[neuron]``, summed squared deviations from the mean.
         seen: tokens taken in before.
-        sketch: its streams ``start … stop`` are this layer's neurons.
+        sketch: its streams from ``start`` on are this layer's neurons.
         start: first of them.
-        stop: one past the last.
 
     Returns:
         False if a value was NaN or infinite.
     """
     if len(rows) == 0:
         return True
-    if not _moments(values, rows, blocks, counts, mean, m2, seen):
-        return False
-    _sketch_rows(values.view(np.int32), rows, seen, *sketch.arrays(start, stop))
-    return True
+    return _accumulate(
+        values, rows, blocks, counts, mean, m2, seen, sketch.bins, sketch.base, sketch.width, sketch.over, start
+    )
 
 
 # Bins of the smallest and the largest positive value: what lists and windows can hold.

@@ -42,6 +42,8 @@ SITE = "ffn_activation"
 WAYS = ("auto", "host", "device", "triton")
 """How a collector reduces values; see `ActivationCollector`."""
 
+_MOST_TOKENS = 2**31 - 1  # what counts of 32 bits hold
+
 _KIND = "ActivationStatistics"
 _VERSION = 1
 
@@ -384,7 +386,7 @@ class ActivationCollector:
             OverflowError: they are of more tokens than one collector takes.
         """
         own = cls(statistics.fingerprint, statistics.n_blocks)
-        if (total := statistics.total_tokens) > np.iinfo(np.int32).max:
+        if (total := statistics.total_tokens) > _MOST_TOKENS:
             raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
         own._counts[:] = statistics.active_count.transpose(1, 0, 2)
         own._mean[:], own._m2[:] = statistics.mean, statistics.m2
@@ -410,8 +412,7 @@ class ActivationCollector:
     def begin(self, blocks: npt.NDArray[np.int64]) -> None:
         """Announce a pass over tokens of the given blocks (one entry a token); all layers follow."""
         self._device.flush()
-        coming = int(self._tokens.sum()) + len(blocks)
-        if coming > np.iinfo(np.int32).max:
+        if int(self._tokens.sum()) + len(blocks) > _MOST_TOKENS:
             raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
         self._tokens += np.bincount(blocks, minlength=self.n_blocks)
 
@@ -437,10 +438,9 @@ class ActivationCollector:
             self._device.add(layer, values, rows, blocks)
             return
         array = values.detach().to("cpu", torch.float32).contiguous().numpy()
-        start = layer * self._neurons
         if not _sketch.accumulate(
             array, rows, blocks, self._counts[layer], self._mean[layer], self._m2[layer], int(self._seen[layer]),
-            self._sketch, start, start + self._neurons,
+            self._sketch, layer * self._neurons,
         ):  # fmt: skip
             self._device.check()  # what an earlier layer holds there has not been looked at yet
             raise not_finite(layer)
@@ -456,7 +456,7 @@ class ActivationCollector:
             self._sketch = CoarseSketch.empty(self._size)
         assert isinstance(self._sketch, CoarseSketch)
         n = int(self._tokens.sum())
-        if n + fresh > np.iinfo(np.int32).max:
+        if n + fresh > _MOST_TOKENS:
             raise OverflowError("one collector takes at most 2³¹ tokens; collect in shards and merge the statistics")
         self._counts += counted["count"].to(torch.int32).numpy()
         step = counted["mean"].double().numpy() - self._mean

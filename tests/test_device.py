@@ -154,8 +154,10 @@ def test_codes_are_the_same_to_the_bit(values: list[float]) -> None:
     assert _device.grid_codes(torch.from_numpy(array)).tolist() == _sketch.grid_codes(array).tolist()
     bits = array.view(np.int32)
     tile = np.zeros((1, len(array)), np.int32)
-    _sketch._tile_codes(bits[None], np.zeros(1, np.int64), 0, len(array), tile)
+    middle, matters = np.full(len(array), 10, np.int32), np.zeros(len(array), np.uint32)
+    _sketch._tile_codes(bits[None], np.zeros(1, np.int64), 0, len(array), middle, tile, matters)
     assert _sketch.grid_codes(array).tolist() == tile[0].tolist()
+    assert matters.tolist() == (tile[0] >= 10).tolist()
 
 
 def test_windows_are_placed_as_there() -> None:

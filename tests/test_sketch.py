@@ -29,7 +29,7 @@ class Streams:
             part = np.ascontiguousarray(values[start : start + chunk])
             rows = np.arange(len(part))
             assert _sketch.accumulate(
-                part, rows, np.zeros(len(part), np.int64), counts, mean, m2, start, self.sketch, 0, streams
+                part, rows, np.zeros(len(part), np.int64), counts, mean, m2, start, self.sketch, 0
             )
         self.positive = counts[0].astype(np.int64)
 
@@ -303,9 +303,7 @@ def test_feeding_goes_on_after_a_merge(seed: int, n: int, more: int) -> None:
     streams = values.shape[1]
     counts, mean, m2 = np.zeros((1, streams), np.int32), np.zeros(streams), np.zeros(streams)
     rest = np.ascontiguousarray(values[2 * n :])
-    _sketch.accumulate(
-        rest, np.arange(more), np.zeros(more, np.int64), counts, mean, m2, 2 * n, merged.sketch, 0, streams
-    )
+    _sketch.accumulate(rest, np.arange(more), np.zeros(more, np.int64), counts, mean, m2, 2 * n, merged.sketch, 0)
     merged.n, merged.positive = 2 * n + more, merged.positive + counts[0]
     check(merged.p95(), exact(values), lost=1.0)
     assert np.isnan(merged.p95()).sum() <= 1
