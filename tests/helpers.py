@@ -502,12 +502,16 @@ class StopError(Exception):
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, which: str | int) -> None:
     """Interrupt right after the file ``which`` was recorded, or after so many records."""
-    real, count = RunFolder.record, [0]
+    count = [0]
 
-    def record(self: RunFolder, *names: str) -> None:
-        real(self, *names)
-        count[0] += 1
-        if which in names or which == count[0]:
-            raise StopError
+    def stopping(real: Callable[..., None]) -> Callable[..., None]:
+        def record(self: RunFolder, *names: Any) -> None:
+            real(self, *names)
+            count[0] += 1
+            if which in names or which == count[0]:
+                raise StopError
 
-    monkeypatch.setattr(RunFolder, "record", record)
+        return record
+
+    for way in ("record", "replace"):
+        monkeypatch.setattr(RunFolder, way, stopping(getattr(RunFolder, way)))

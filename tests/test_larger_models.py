@@ -541,7 +541,7 @@ def test_the_embedded_model_quantised(kind: str, smollm: Model) -> None:
     """Located, edited and judged end to end, at a small size."""
     model = npti.load_model("smollm2-135m", quantization=kind)
     bench = npti.PersonalityBench.embedded()
-    found = npti.locate(model, bench, "Neuroticism", n_questions=4, max_new_tokens=6, threshold=0.3, progress=False)
+    found = npti.locate(model, bench, "Neuroticism", n_questions=8, max_new_tokens=6, threshold=0.3, progress=False)
     assert len(found.neurons)
     plain, edited = model.generate_sweep(["How are you?"], [None, found.neurons.edit(1.4)], max_new_tokens=8)
     assert plain[0].tokens != edited[0].tokens

@@ -25,7 +25,6 @@ import npti_interp as npti
 from npti_interp import POLES
 from npti_interp.activations import ActivationStatistics
 from npti_interp.backends import RemoteSettings
-from npti_interp.experiments import _locate as module
 from npti_interp.experiments._search_folder import StoredRows, stored_answers
 from npti_interp.experiments._search_plan import SearchPlan, as_shard, chunk_spans, question_blocks
 from npti_interp.models import Model
@@ -737,11 +736,6 @@ def test_what_cannot_generate_is_refused_before_work(tmp_path: Path) -> None:
         locate(tmp_path / "run", generator=spelling_model())
     with pytest.raises(npti.FingerprintMismatchError, match="the generator and the model"):
         locate(tmp_path / "run", generator=Elsewhere(model=other_model()))
-    with pytest.raises(npti.FingerprintMismatchError, match="the generator and the model"):
-        module.collect_pole(
-            spelling_model(), BENCH, npti.Trait("Neuroticism"), npti.Pole.HIGH, BENCH.questions("N", "search", 4),
-            max_new_tokens=4, generator=Elsewhere(model=other_model()),
-        )  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -916,9 +910,3 @@ def test_wrong_arguments_are_one_clear_line(
         cli.main()
     error = capsys.readouterr().err
     assert error.startswith("npti: ") and words in error
-
-
-def test_module_names() -> None:
-    """The public names are there, and the old ones have stayed where other modules look for them."""
-    assert npti.merge_shards.__module__.endswith("experiments._merge")
-    assert module.question_blocks is question_blocks and callable(module.collect_pole)

@@ -15,7 +15,8 @@ from npti_interp.activations import ActivationStatistics
 from npti_interp.evaluation import Calibration
 from npti_interp.experiments import _stability as module
 from npti_interp.experiments._lab import Condition, Lab, answer_rows
-from npti_interp.experiments._locate import collect_pole
+from npti_interp.experiments._locate import collect_plan
+from npti_interp.experiments._search_plan import SearchPlan
 from npti_interp.experiments._stability import (
     STABILITY_PRESETS,
     VARIANTS,
@@ -185,7 +186,7 @@ def lab(smollm, tmp_path_factory):
     for trait in (npti.Trait.NEUROTICISM, npti.Trait.EXTRAVERSION):
         asked, both = bench.questions(trait, "search", ASKED), []
         for pole in POLES:
-            stats, made = collect_pole(smollm, bench, trait, pole, asked, max_new_tokens=6, n_blocks=ASKED)
+            stats, made = collect_plan(smollm, SearchPlan(bench, trait, asked, ASKED, ASKED, 6), pole, False)
             stats.save(folder / f"statistics/{trait}-{pole}.safetensors")
             personas = [p.id for p in eliciting_personas(bench, trait, pole, ASKED)]
             condition = Condition("persona", pole, facts={"persona": personas})

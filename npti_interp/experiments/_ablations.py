@@ -34,7 +34,6 @@ from npti_interp.experiments._paired import (
     read_test,
     run_edits,
     span,
-    tested,
     verdicts,
 )
 from npti_interp.figures._ablations import plot_ablations
@@ -202,9 +201,7 @@ def ablations(
         )
     with lab.session(AblationsResult.name, chosen, folder, progress=progress) as session:
         own = {trait: _conditions(lab, chosen, trait) for trait in chosen.trait_list}
-        session.plan([(chosen.n_questions, len(tested(c)), 1) for c in own.values()])
-        for trait, conditions in own.items():
-            run_edits(session, trait, conditions)
+        run_edits(session, own, chosen.n_questions)
         result = AblationsResult.from_folder(session.run.path, chosen)
         session.finish(result)
     return result

@@ -33,7 +33,6 @@ from npti_interp.experiments._paired import (
     read_test,
     run_edits,
     span,
-    tested,
 )
 from npti_interp.figures._dose import plot_dose_response
 from npti_interp.traits import POLES, Trait
@@ -219,9 +218,7 @@ def dose_response(
     chosen = preset(config, DOSE_PRESETS)
     with lab.session(DoseResult.name, chosen, folder, progress=progress) as session:
         own = {trait: _conditions(lab, chosen, trait) for trait in chosen.trait_list}
-        session.plan([(chosen.n_questions, len(tested(c)), 1) for c in own.values()])
-        for trait, conditions in own.items():
-            run_edits(session, trait, conditions)
+        run_edits(session, own, chosen.n_questions)
         result = DoseResult.from_folder(session.run.path, chosen)
         session.finish(result)
     return result

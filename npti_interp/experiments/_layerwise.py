@@ -36,7 +36,6 @@ from npti_interp.experiments._paired import (
     read_test,
     run_edits,
     span,
-    tested,
     verdicts,
 )
 from npti_interp.figures._layerwise import plot_layerwise
@@ -179,10 +178,9 @@ def layerwise(
     chosen.windows(lab.model.fingerprint.n_layers)
     with lab.session(LayerwiseResult.name, chosen, folder, progress=progress) as session:
         own = {trait: _conditions(lab, chosen, trait) for trait in chosen.trait_list}
-        session.plan([(chosen.n_questions, len(tested(c)), 1) for c in own.values()])
-        for trait, conditions in own.items():
+        run_edits(session, own, chosen.n_questions)
+        for trait in own:
             session.run.table(f"neurons/{trait}.parquet", lambda t=trait: _per_layer(lab, t))
-            run_edits(session, trait, conditions)
         result = LayerwiseResult.from_folder(session.run.path, chosen)
         session.finish(result)
     return result

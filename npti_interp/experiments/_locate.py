@@ -28,7 +28,6 @@ from npti_interp.experiments._search_plan import DEFAULT_CHUNK, SearchPlan, Shar
 from npti_interp.generation import Answer, Progress
 from npti_interp.models import Model
 from npti_interp.neurons import NeuronSet, beyond, select_neurons
-from npti_interp.prompts import persona_prompts
 from npti_interp.runs import RunFolder, verify_folder
 from npti_interp.serving import Generator
 from npti_interp.traits import POLES, Pole, Trait, as_trait
@@ -40,7 +39,7 @@ __all__ = [
     "LocationShard",
     "as_threshold",
     "choose_threshold",
-    "collect_pole",
+    "collect_plan",
     "finish_location",
     "locate",
     "question_blocks",
@@ -193,29 +192,6 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def collect_pole(
-    model: Model,
-    bench: PersonalityBench,
-    trait: Trait,
-    pole: Pole,
-    questions: Sequence[Question],
-    *,
-    max_new_tokens: int,
-    repetition_penalty: float = 1.0,
-    n_blocks: int = DEFAULT_BLOCKS,
-    batch_size: int | None = None,
-    progress: bool | Progress = False,
-    generator: Generator | None = None,
-) -> tuple[ActivationStatistics, list[Answer]]:
-    """Answer ``questions`` as one pole, all in one go, and count which neurons fire; the half of `locate`."""
-    _require_generator_of(model, generator)
-    plan = SearchPlan(
-        bench, trait, questions, max(1, len(questions)), n_blocks, max_new_tokens, repetition_penalty, batch_size,
-        generator=generator,
-    )  # fmt: skip
-    return _collect(model, plan, pole, progress)
-
-
 def _require_generator_of(model: Model, generator: Generator | None) -> None:
     """Raise unless the generator, if there is one, answers with this model.
 
@@ -234,7 +210,7 @@ def _require_generator_of(model: Model, generator: Generator | None) -> None:
     given.fingerprint.require_same(model.fingerprint, "the generator and the model")
 
 
-def _collect(
+def collect_plan(
     model: Model, plan: SearchPlan, pole: Pole, progress: bool | Progress
 ) -> tuple[ActivationStatistics, list[Answer]]:
     """One pole in memory, chunk by chunk: what `collect_in` does, without a folder."""
@@ -242,19 +218,6 @@ def _collect(
     for span in plan.spans:
         answers += plan.answer(model, pole, span, collector, progress)
     return collector.result(plan.metadata(model, pole, len(answers))), answers
-
-
-def know_percentiles(
-    model: Model, bench: PersonalityBench, trait: Trait, pole: Pole, questions: Sequence[Question],
-    statistics: ActivationStatistics, answers: Sequence[str], high: ActivationStatistics, low: ActivationStatistics,
-    threshold: float,
-) -> ActivationStatistics:  # fmt: skip
-    """One pole's statistics with a95 of every neuron of that pole beyond ``threshold``.
-
-    In memory all are known anyway; a server makes a second pass over the answers for these neurons.
-    """
-    where = wanted_neurons(pole, {Pole.HIGH: high, Pole.LOW: low}, threshold)
-    return model.fill_percentiles(statistics, persona_prompts(bench, trait, pole, questions), answers, where)
 
 
 def choose_threshold(high: ActivationStatistics, low: ActivationStatistics, *, min_share: float = MIN_SHARE) -> float:
@@ -425,9 +388,9 @@ def _collect_shown(
     model: Model, plan: SearchPlan, pole: Pole, progress: bool | Progress
 ) -> tuple[ActivationStatistics, list[Answer]]:
     if not isinstance(progress, bool):
-        return _collect(model, plan, pole, progress)
+        return collect_plan(model, plan, pole, progress)
     with tqdm(total=len(plan.questions), desc="collect", delay=2, disable=not progress) as bar:
-        return _collect(model, plan, pole, bar)
+        return collect_plan(model, plan, pole, bar)
 
 
 def _threshold(limit: float | str, statistics: Mapping[Pole, ActivationStatistics]) -> float:

@@ -33,7 +33,6 @@ __all__ = [
     "read_test",
     "run_edits",
     "span",
-    "tested",
     "verdicts",
 ]
 
@@ -96,7 +95,7 @@ def does_nothing(condition: Condition) -> bool:
     )
 
 
-def tested(conditions: Sequence[Condition]) -> list[Condition]:
+def _tested(conditions: Sequence[Condition]) -> list[Condition]:
     """The conditions that need answers of their own."""
     return [c for c in conditions if not does_nothing(c)]
 
@@ -104,14 +103,16 @@ def tested(conditions: Sequence[Condition]) -> list[Condition]:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def run_edits(session: Session, trait: Trait, conditions: Sequence[Condition]) -> None:
-    """Answer and judge the conditions of a trait; one that edits nothing is written down as such, not generated."""
-    rows = [
-        {"condition": c.name, "pole": c.pole.value if c.pole else None, "reused": does_nothing(c), **_scalars(c)}
-        for c in conditions
-    ]
-    session.run.table(f"plans/{trait}.parquet", lambda: pd.DataFrame(rows))
-    session.test(trait.value, trait, session.questions(trait), tested(conditions))
+def run_edits(session: Session, conditions: Mapping[Trait, Sequence[Condition]], n_questions: int) -> None:
+    """Answer and judge each trait's conditions; one that edits nothing is written down as such, not generated."""
+    session.plan([(n_questions, len(_tested(own)), 1) for own in conditions.values()])
+    for trait, own in conditions.items():
+        rows = [
+            {"condition": c.name, "pole": c.pole.value if c.pole else None, "reused": does_nothing(c), **_scalars(c)}
+            for c in own
+        ]
+        session.run.table(f"plans/{trait}.parquet", lambda rows=rows: pd.DataFrame(rows))
+        session.test(trait.value, trait, session.questions(trait), _tested(own))
 
 
 def _scalars(condition: Condition) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from npti_interp import figures
 from npti_interp._files import write_json
-from npti_interp.activations import ActivationStatistics
+from npti_interp.activations import DEFAULT_BLOCKS, ActivationStatistics
 from npti_interp.bench import PersonalityBench, Question
 from npti_interp.errors import ArtifactError, NptiError
 from npti_interp.evaluation import (
@@ -38,7 +38,6 @@ from npti_interp.experiments._lab import (
     Condition,
     Meter,
     answer_conditions,
-    answer_rows,
     decoding_cost,
     finished_run,
     interval_columns,
@@ -46,13 +45,21 @@ from npti_interp.experiments._lab import (
     run_identity,
     scoring_cost,
 )
-from npti_interp.experiments._locate import MIN_SHARE, THRESHOLDS, choose_threshold, collect_pole, know_percentiles
+from npti_interp.experiments._locate import MIN_SHARE, THRESHOLDS, choose_threshold
+from npti_interp.experiments._search_folder import (
+    SearchFiles,
+    collect_in,
+    know_percentiles_in,
+    remove_leftovers,
+    stored_answers,
+)
+from npti_interp.experiments._search_plan import DEFAULT_CHUNK, SearchPlan
 from npti_interp.generation import Answer, Decoding
 from npti_interp.interventions import NeuronEdit
 from npti_interp.models import Model, load_model
 from npti_interp.neurons import NeuronSet, select_neurons
 from npti_interp.prompts import eliciting_personas, persona_prompts
-from npti_interp.runs import RunFolder, read_table, require_usable, write_table
+from npti_interp.runs import RunFolder, read_table, require_usable
 from npti_interp.traits import POLES, TRAITS, Pole, Trait, as_trait
 
 __all__ = ["PRESETS", "ReproduceConfig", "ReproduceResult", "Verdict", "edit_against_random", "reproduce"]
@@ -78,6 +85,8 @@ class ReproduceConfig:
         model: name for `load_model`.
         traits: the traits, by name.
         n_search: search questions a trait, each answered as both poles.
+        chunk: search questions between two checkpoints: what a run that was stopped does again at most. Another size
+            is other batches, and so other roundings.
         search_tokens: length of those answers.
         n_test: test questions a trait.
         test_tokens: length of their answers.
@@ -96,6 +105,7 @@ class ReproduceConfig:
     model: str = "smollm2-135m"
     traits: tuple[str, ...] = tuple(t.value for t in TRAITS)
     n_search: int = 84
+    chunk: int = DEFAULT_CHUNK
     search_tokens: int = 40
     n_test: int = 36
     test_tokens: int = 28
@@ -123,7 +133,7 @@ class ReproduceConfig:
         for name in ("n_search", "search_tokens", "n_test", "test_tokens", "n_dose"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
-        for name in ("random_draws", "batch_size", "personas_per_pole"):
+        for name in ("chunk", "random_draws", "batch_size", "personas_per_pole"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.min_share < 1:
@@ -448,6 +458,7 @@ def reproduce(
         RunFolder(folder, identity) as run,
         tqdm(disable=not progress, desc="reproduce", unit="tok", unit_scale=True, smoothing=0.05) as bar,
     ):
+        remove_leftovers(run)
         judge = LikelihoodJudge(model, bench, personas_per_pole=config.personas_per_pole)
         work = _Work(config, model, bench, judge, run, bar, None if missing else EmbeddingJudge(bench))
         bar.total = work.total_cost()
@@ -467,57 +478,36 @@ def _timed(work: _Work, cost: float, done: bool, compute: Callable[[], Any]) -> 
     return compute()
 
 
-def _statistics(
-    work: _Work, trait: Trait, pole: Pole, questions: Sequence[Question]
-) -> tuple[ActivationStatistics, list[Answer]]:
+def _search(
+    work: _Work, trait: Trait, questions: Sequence[Question]
+) -> tuple[dict[Pole, ActivationStatistics], dict[Pole, Sequence[Answer]]]:
+    """Both poles' statistics and answers, going on from the last chunk that the folder holds."""
     c, run = work.config, work.run
-    stem = f"{trait}-{pole}"
-    statistics, answers = f"statistics/{stem}.safetensors", f"answers/search-{stem}.parquet"
-    cost = work.locating_cost() / 2
-    if run.done(statistics) and run.done(answers):
-        work.bar.update(cost)
-    else:
+    plan = SearchPlan(
+        work.bench, trait, questions, c.chunk, DEFAULT_BLOCKS, c.search_tokens, batch_size=c.batch_size
+    )  # fmt: skip
+    files = {pole: SearchFiles(trait, pole) for pole in POLES}
+    for pole in POLES:
         work.bar.set_postfix_str(f"{trait}: answering as {pole}")
-        stats, made = collect_pole(
-            work.model, work.bench, trait, pole, questions, max_new_tokens=c.search_tokens,
-            batch_size=c.batch_size, progress=work.meter(cost, c.n_search),
-        )  # fmt: skip
-        personas = [p.id for p in eliciting_personas(work.bench, trait, pole, len(questions))]
-        rows = answer_rows(
-            work.model, work.bench, trait, questions, made, Condition("persona", pole, facts={"persona": personas}),
-            Decoding(c.search_tokens),
-        )  # fmt: skip
-        stats.save(run.path / statistics)
-        write_table(run.path / answers, rows)
-        run.record(statistics, answers)
-    rows = read_table(run.path / answers)
-    given = [
-        Answer(text, [int(t) for t in tokens], finished=bool(finished))
-        for text, tokens, finished in zip(rows["answer"], rows["tokens"], rows["finished"], strict=True)
-    ]
-    return ActivationStatistics.load(run.path / statistics), given
+        collect_in(run, plan, work.model, pole, work.meter(work.locating_cost() / len(POLES), len(questions)))
+    counted = {pole: ActivationStatistics.load(run.path / own.statistics) for pole, own in files.items()}
+    known = {
+        pole: own
+        if own.complete
+        else know_percentiles_in(
+            run, plan, plan.spans, work.model, pole, counted, THRESHOLDS[-1], work.meter(0.0, len(questions))
+        )
+        for pole, own in counted.items()
+    }
+    return known, {pole: stored_answers(run.path / own.answers) for pole, own in files.items()}
 
 
 def _one_trait(work: _Work, trait: Trait) -> None:
     c, run = work.config, work.run
     search = work.bench.questions(trait, "search", c.n_search)
-    high, high_answers = _statistics(work, trait, Pole.HIGH, search)
-    low, low_answers = _statistics(work, trait, Pole.LOW, search)
-
-    both = high, low
-    high, low = (
-        own
-        if own.complete
-        else run.step(
-            f"statistics/{trait}-{pole}-percentiles.safetensors",
-            lambda pole=pole, own=own, answers=answers: know_percentiles(
-                work.model, work.bench, trait, pole, search, own, answers, *both, THRESHOLDS[-1]
-            ),
-            lambda path, known: known.save(path),
-            ActivationStatistics.load,
-        )
-        for pole, own, answers in ((Pole.HIGH, high, high_answers), (Pole.LOW, low, low_answers))
-    )
+    statistics, answers = _search(work, trait, search)
+    high, low = (statistics[pole] for pole in POLES)
+    high_answers, low_answers = (answers[pole] for pole in POLES)
 
     def chosen() -> NeuronSet:
         return select_neurons(high, low, threshold=choose_threshold(high, low, min_share=c.min_share))

@@ -37,8 +37,9 @@ from npti_interp.experiments._lab import (
     decoding_cost,
     interval_columns,
 )
-from npti_interp.experiments._locate import collect_pole, question_blocks
+from npti_interp.experiments._locate import collect_plan
 from npti_interp.experiments._paired import edit_condition, preset, random_draws, rating_changes, span
+from npti_interp.experiments._search_plan import DEFAULT_CHUNK, SearchPlan, question_blocks
 from npti_interp.figures._stability import plot_stability
 from npti_interp.generation import Answer
 from npti_interp.models import Prompt
@@ -582,7 +583,7 @@ def _search(lab: Lab, trait: Trait, pole: Pole, table: pd.DataFrame, stats: Acti
         raise ValueError(f"{trait}: the run's answers are to other questions or personas than this bench has")
     prompts = [persona_prompt(personas[r["persona"]][1], questions[r["question_id"]]) for r in rows]
     answers = [Answer(r["answer"], [int(t) for t in r["tokens"]], finished=bool(r["finished"])) for r in rows]
-    blocks = question_blocks(len(rows), stats.n_blocks)  # as `collect_pole` has them
+    blocks = question_blocks(len(rows), stats.n_blocks)  # as `SearchPlan` has them
     fed = np.bincount(blocks, [max(0, len(a.tokens) - 1) for a in answers], minlength=stats.n_blocks)
     if fed.astype(np.int64).tolist() != stats.n_tokens.tolist():
         raise ValueError(f"{trait}, {pole}: the run's answers are not those its statistics were counted on")
@@ -655,11 +656,11 @@ def _collect(
     tokens = int(table["max_new_tokens"].iloc[0])
     if name == "penalty":
         by_id = {q.id: q for q in lab.bench.questions(trait, "search")}
-        return collect_pole(
-            lab.model, lab.bench, trait, pole, [by_id[i] for i in table["question_id"]], max_new_tokens=tokens,
-            repetition_penalty=config.repetition_penalty, n_blocks=search.n_blocks, batch_size=config.batch_size,
-            progress=progress,
-        )[0]  # fmt: skip
+        plan = SearchPlan(
+            lab.bench, trait, [by_id[i] for i in table["question_id"]], DEFAULT_CHUNK, search.n_blocks, tokens,
+            config.repetition_penalty, config.batch_size,
+        )  # fmt: skip
+        return collect_plan(lab.model, plan, pole, progress)[0]
     keep: Callable[[int], bool]
     if name == "questions_half":
         keep = lambda i: search.blocks[i] % 2 == 0  # noqa: E731
