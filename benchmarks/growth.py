@@ -69,7 +69,7 @@ def run(setting: Setting) -> Section:
     )
     for name, (sizes, work) in grown.items():
         work(sizes[0])
-        runs = [[timed_peak(lambda n=n, w=work: w(n)) for _ in range(max(1, setting.repeats - 1))] for n in sizes]
+        runs = [[timed_peak(lambda n=n, w=work: w(n)) for _ in range(setting.few)] for n in sizes]
         seconds = [min(own for own, _ in repeats) for repeats in runs]
         peaks = [max(2**12, *(own for _, own in repeats)) / 2**20 for repeats in runs]
         time, memory = exponent(sizes, seconds), exponent(sizes, peaks)
@@ -84,7 +84,7 @@ def run(setting: Setting) -> Section:
         }  # fmt: skip
     section.notes.append(
         f"Random weights of the model's shape ({rows} rows, nothing ends early), but for the traits. Time: the fastest of "
-        "the repeats. An exponent of 1 is proportional, below it something is shared; attention and cache alone grow faster "
+        f"{setting.few}. An exponent of 1 is proportional, below it something is shared; attention and cache alone grow faster "
         "than tokens. Memory holds what is returned (statistics grow with layers and traits, not with tokens)."
     )
     return section

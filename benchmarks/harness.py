@@ -47,6 +47,11 @@ class Setting:
     repeats: int = 3
     quick: bool = False
 
+    @property
+    def few(self) -> int:
+        """Repeats of what takes minutes each time."""
+        return max(1, self.repeats - 1)
+
     def sized(self, full: T, quick: T) -> T:
         """A size, or sizes, that depend on `quick`."""
         return quick if self.quick else full
@@ -270,7 +275,8 @@ def report(setting: Setting, sections: Mapping[str, Section]) -> tuple[str, dict
     device = about["gpu"] or f"{about['cpu']}, {about['cores']} cores"
     head = (
         f"# Benchmarks\n\n{setting.model} in {setting.dtype} on {device}; {about['threads']} threads, float32 products by "
-        f"{about['float32_products']}. Each number is the median of {setting.repeats} interleaved repeats in one process.\n"
+        f"{about['float32_products']}. Each number is the median of {setting.repeats} interleaved repeats in one process, "
+        "where its section says nothing else.\n"
     )
     text = "\n".join([head, *(section.markdown() for section in sections.values())])
     return text, {

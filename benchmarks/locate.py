@@ -125,7 +125,7 @@ def run(setting: Setting) -> Section:
     }
     if _kernels.linear_kernel() == "onednn" and setting.device == "cpu":
         ways["without the faster products"] = lambda: ours(plain)
-    times = measure(ways, max(1, setting.repeats - 1), warm_up=False)
+    times = measure(ways, setting.few, warm_up=False)
     section = Section(
         f"Locating one trait: 2 poles × {n} questions × {tokens} tokens",
         ["way", "seconds", "speed relative to the loop (range)", "time relative to npti.locate", "spread"],
@@ -139,6 +139,7 @@ def run(setting: Setting) -> Section:
             ]
         )  # fmt: skip
     section.notes += [
+        f"Interleaved repeats of each way: {setting.few}.",
         f"The loop counted {total:,} tokens, ours {found.high.total_tokens + found.low.total_tokens:,}; neurons with the very "
         f"same count: {share:.1%} (greedy answers part where two tokens are a rounding error apart).",
         "Grouped-query attention without repeated keys and values is the library's own by now (for single-token queries), so "

@@ -66,7 +66,7 @@ def run(setting: Setting) -> Section:
         made["loop"] = loop(model, ids, mask, edits[:compared], tokens)
 
     model.generate_sweep(prompts[:2], edits[:2], max_new_tokens=3)  # warms up
-    times = measure({"loop": loop_all, "sweep": sweep_all}, max(1, setting.repeats - 1), warm_up=False)
+    times = measure({"loop": loop_all, "sweep": sweep_all}, setting.few, warm_up=False)
     swept, looped = made["sweep"], made["loop"]
     pairs = [(list(a.tokens), b) for x, y in zip(swept, looped, strict=True) for a, b in zip(x, y, strict=True)]
     alike = float(np.mean([a == b for a, b in pairs]))
@@ -83,6 +83,7 @@ def run(setting: Setting) -> Section:
     power = exponent([g["conditions"] for g in growth], [g["seconds"] for g in growth])
     ratio, low, high = times["sweep"].ratio(times["loop"])
     section.notes += [
+        f"Interleaved repeats of each way: {setting.few}.",
         f"{at_once} rows at once in {model.cache_bytes / 2**30:g} GiB of keys and values. Seconds grow as conditions to the "
         f"power {power:.2f}.",
         f"{compared} conditions: sweep {times['sweep'].median:.1f} s, loop of `generate` with hooks "
