@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from helpers import StopError, digests, hf_model, spelling_model
 
 import npti_interp as npti
 from npti_interp import POLES
-from npti_interp.activations import ActivationStatistics
+from npti_interp.activations import ActivationCollector, ActivationStatistics
 from npti_interp.backends import RemoteSettings
 from npti_interp.experiments._search_folder import StoredRows, stored_answers
 from npti_interp.experiments._search_plan import SearchPlan, as_shard, chunk_spans, question_blocks
+from npti_interp.generation import Decoding, Row
 from npti_interp.models import Model
 from npti_interp.prompts import persona_prompts
 from npti_interp.runs import RunFolder
@@ -373,10 +375,6 @@ def bursts(rng: np.random.Generator, n_answers: int, shift: Any, scale: Any) -> 
 
 def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Location) -> None:
     """Many small parts of uneven answers: what windows of one pilot know, and what each part's own ones lose."""
-    from dataclasses import replace
-
-    from npti_interp.activations import ActivationCollector
-
     rng = np.random.default_rng(0)
     fingerprint = replace(whole.high.fingerprint, n_layers=1, d_mlp=100)
     shape = rng.normal(-1, 0.7, 100), rng.uniform(0.3, 1.5, 100)
@@ -404,6 +402,60 @@ def test_windows_laid_on_the_same_questions_keep_the_percentiles(whole: npti.Loc
     lost = {name: np.isnan(part.p95).mean() for name, part in sums.items()}
     assert lost["pilot"] <= np.isnan(whole_p95).mean() + 0.02
     assert lost["own"] >= lost["pilot"] + 0.03, lost
+
+
+@pytest.mark.slow
+def test_forty_shards_of_real_answers_know_as_many_percentiles_as_one_run(smollm: Model) -> None:
+    """The same on what the embedded model really computes, in three of its layers, with the exact percentiles known."""
+    layers, n, shards = (0, 15, 29), 160, 40
+    asked = [q for t in BENCH.traits for q in BENCH.questions(t, "search", n // len(BENCH.traits))]
+    asked = [replace(q, trait=npti.Trait.NEUROTICISM) for q in asked]
+    prompts = persona_prompts(BENCH, npti.Trait.NEUROTICISM, npti.Pole.HIGH, asked)
+    kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    places: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+
+    class Keeping:
+        n_blocks = n
+
+        def begin(self, blocks: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+            places.append(np.array(blocks))  # a question is a block here
+
+        def add(self, layer: int, values: torch.Tensor, rows: Any, _: Any) -> None:
+            if layer in kept:
+                kept[layer].append(values[torch.from_numpy(rows)].clone())
+
+        def check(self) -> None:
+            pass
+
+    rows = [Row(tuple(smollm.encode(p)), 0, k, key=k) for k, p in enumerate(prompts)]
+    keeping: Any = Keeping()
+    smollm.backend.generate(rows, [None], Decoding(24), collector=keeping, max_rows=64)
+    of = np.concatenate(places)
+    values = torch.stack([torch.cat(own) for own in kept.values()])  # [layer, token, neuron]
+    fingerprint = replace(smollm.fingerprint, n_layers=len(layers))
+
+    def counted(collector: ActivationCollector, questions: range) -> ActivationStatistics:
+        tokens = np.flatnonzero(np.isin(of, questions))
+        for some in np.split(tokens, range(64, len(tokens), 64)):
+            collector.begin(blocks := np.zeros(len(some), np.int64))
+            for k in range(len(layers)):
+                collector.add(k, values[k, some].contiguous(), np.arange(len(some)), blocks)
+        return collector.so_far()
+
+    one = counted(ActivationCollector(fingerprint, 2), range(n))
+    pilot = ActivationCollector(fingerprint, 2)
+    counted(pilot, range(n // shards))
+    merged: ActivationStatistics | None = None
+    for k in range(shards):
+        part = counted(pilot.emptied(), range(n * k // shards, n * (k + 1) // shards))
+        merged = part if merged is None else merged.merge(part)
+    assert merged is not None
+    assert np.array_equal(one.active_count, merged.active_count)
+    assert np.isnan(one.p95).mean() < 0.01 and np.isnan(merged.p95).mean() < 0.01
+    known = ~np.isnan(one.p95) & ~np.isnan(merged.p95)
+    assert np.array_equal(one.p95[known], merged.p95[known])
+    exact = np.quantile(np.maximum(values.double().numpy(), 0), 0.95, axis=1)
+    assert (np.abs(merged.p95 - exact)[known] <= 0.0101 * exact[known]).all()
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
