@@ -112,12 +112,6 @@ def _start(upper: int, middle: int, lower: int, size: int) -> Any:
 
 
 @jit
-def _place(upper: int, middle: int, lower: int, all_known: bool) -> Any:
-    """Where the first window starts; ``all_known`` if the percentile cannot turn out as small as values get."""
-    return _start(upper, middle, lower, BINS) if all_known else upper + 60 - BINS
-
-
-@jit
 def _open(i: int, codes: Any, n: int, b8: Any, base: Any, width: Any, over: Any) -> None:
     """Turn a stream's list, copied to ``codes``, into a window; ``n`` values were seen, the non-positive ones included.
 
@@ -134,17 +128,6 @@ def _open(i: int, codes: Any, n: int, b8: Any, base: Any, width: Any, over: Any)
         low, high = min(low, code), max(high, code)
     b8[i] = 0
     width[i], over[i] = BINS, 0
-    if high - low >= 2048:  # hardly ever: values that differ by more than 1 : 10¹⁷
-        ordered = np.sort(codes)
-        middle, lower = (ordered[last - some], ordered[last - many]) if all_known else (low, low)
-        base[i] = _place(ordered[last - few], middle, lower, all_known)
-        for code in codes:
-            offset = code - base[i]
-            if offset >= BINS:
-                over[i] += 1
-            elif offset >= 0:
-                b8[i, offset] += 1
-        return
     span = high - low + 1
     counts = np.zeros(span, np.uint8)
     for code in codes:
@@ -158,7 +141,8 @@ def _open(i: int, codes: Any, n: int, b8: Any, base: Any, width: Any, over: Any)
         middle = low + j if above <= some else middle
         lower = low + j
         above += counts[j]
-    start = _place(upper, middle, lower, all_known) - low
+    # Where not all are known, the percentile may turn out as small as positive values get.
+    start = (_start(upper, middle, lower, BINS) if all_known else upper + 60 - BINS) - low
     base[i] = start + low
     for j in range(max(0, start), min(span, start + BINS)):
         b8[i, j - start] = counts[j]
@@ -265,7 +249,7 @@ def _sketch_tile(
         left = matters[j]
         while left:
             size, first, above = np.int32(width[i]), np.int32(base[i]), 0
-            if size > NARROW_BINS:
+            if size > NARROW_BINS:  # one function for both kinds of counters would cost a seventh more time
                 counters = b8[i]
                 while left:
                     offset = np.uint32(codes[_lowest(left), j] - first)
